@@ -1,0 +1,265 @@
+"""The measuring core: does a case agree with its peer, how long do both take, how near is pyzoo to the ceiling.
+
+pyzoo and the peer alternate in one process on the same input (A B A B ...), so that whatever else the machine does hits
+both; the ratio is the median of the pairwise ratios. A case whose outputs disagree is never timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+Call = Callable[[], object]
+
+# (rtol, atol) where a spec names none; atol is relative to the largest expected magnitude, see assert_agrees.
+TOLERANCES = {
+    torch.float64: (1e-7, 1e-9),
+    torch.float32: (1e-4, 1e-5),
+    torch.float16: (2e-3, 1e-3),
+    torch.bfloat16: (1.6e-2, 8e-3),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one case may be timed: as many pairs as fit into ``seconds``, within the two limits."""
+
+    seconds: float
+    max_pairs: int
+    min_pairs: int = 3
+    min_sample: float = 1e-3  # a sample of a faster call repeats it for this many seconds, above the timer's noise
+
+
+FULL = Budget(seconds=6.0, max_pairs=15)
+QUICK = Budget(seconds=1.0, max_pairs=7)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches with torch on the same number of threads: copying memory and multiplying matrices."""
+
+    copy_bytes_per_second: float
+    gemm_flops_per_second: float
+
+    def floor_seconds(self, case) -> float:
+        """The least time the case can take on this machine; 0 when its spec names no floor."""
+        return max(case.floor_bytes / self.copy_bytes_per_second, case.floor_flops / self.gemm_flops_per_second)
+
+
+@dataclass
+class Result:
+    """One case. ``status`` is ``ok``, ``disagrees`` (outputs differ, so no times) or ``failed`` (an exception)."""
+
+    op: str
+    id: str
+    group: str
+    direction: str
+    size: float
+    peer_name: str
+    status: str = "ok"
+    note: str = ""
+    pyzoo_seconds: float | None = None
+    peer_seconds: float | None = None
+    ratio: float | None = None  # peer / pyzoo: above 1, pyzoo is faster
+    floor_seconds: float | None = None
+    ceiling_fraction: float | None = None
+    pyzoo_samples: list[float] = field(default_factory=list)
+    peer_samples: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class Disagreement(Exception):
+    """The outputs of pyzoo and of what it is compared with differ."""
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order; numbers become tensors, so that they are compared."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (bool, int, float)):
+        return [torch.tensor(value)]
+    if isinstance(value, dict):
+        value = value.values()
+    return [tensor for item in value for tensor in tensors_of(item)]
+
+
+def assert_agrees(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], spec) -> None:
+    """Raises :class:`Disagreement` unless indices are equal and values are within the spec's tolerance.
+
+    The absolute tolerance scales with the largest expected value: a gradient is a sum of thousands of terms, whose
+    rounding depends on the order of summation and not on the size of the result.
+    """
+    actual, expected = list(actual), list(expected)
+    if len(actual) != len(expected):
+        raise Disagreement(f"{len(actual)} outputs, expected {len(expected)}")
+    for got, want in zip(actual, expected, strict=True):
+        if got.shape != want.shape:
+            raise Disagreement(f"shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        if spec.exact or not want.is_floating_point():
+            wrong = got != want
+        else:
+            rtol, atol = spec.tolerances.get(want.dtype) or TOLERANCES[want.dtype]
+            got, want = got.double(), want.double()
+            largest = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
+            wrong = ~torch.isclose(got, want, rtol=rtol, atol=atol * max(1.0, largest), equal_nan=True)
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            raise Disagreement(
+                f"{int(wrong.sum())} of {wrong.numel()} values differ, the first at {where}: "
+                f"{got[where].item()}, expected {want[where].item()}"
+            )
+
+
+def make_call(function: Callable, args: tuple, kwargs: dict, backward: bool, differentiable: tuple[int, ...]) -> Call:
+    """What is timed: ``function(*args, **kwargs)``, or only the backward pass of it."""
+    if not backward:
+        return lambda: function(*args, **kwargs)
+    args, inputs = list(args), []
+    for index in differentiable:
+        args[index] = _as_leaves(args[index], inputs)
+    outputs = [out for out in tensors_of(function(*args, **kwargs)) if out.requires_grad]
+    # The same values for pyzoo and the peer, each in the format of its own output, as a next layer would send them.
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.empty_like(out).copy_(torch.randn(out.shape, generator=generator)) for out in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+
+def _as_leaves(value, leaves: list[torch.Tensor]):
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            return value
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+    if isinstance(value, dict):
+        return type(value)((key, _as_leaves(item, leaves)) for key, item in value.items())
+    return type(value)(_as_leaves(item, leaves) for item in value)
+
+
+def prepare(spec, case) -> tuple[Call, Call | None]:
+    """Builds the case's input, checks pyzoo against the peer (the reference where there is none), returns both calls.
+
+    This is the first run of both, so it also loads libraries and faults in memory.
+    """
+    args, kwargs = case.make()
+
+    def call(function: Callable) -> Call:
+        return make_call(function, args, kwargs, case.backward, spec.differentiable)
+
+    ours, other = call(spec.op), call(spec.peer or spec.reference)
+    assert_agrees(tensors_of(ours()), tensors_of(other()), spec)
+    return ours, other if spec.peer else None
+
+
+def seconds_per_call(call: Call, loops: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return (time.perf_counter() - start) / loops
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """The collector would otherwise run inside whichever sample happens to trigger it."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def plan(calls: list[Call], budget: Budget) -> tuple[int, list[int]]:
+    """Number of rounds, and how often one sample repeats each call. Runs each once, which also warms the caches."""
+    estimates = [max(seconds_per_call(call), 1e-7) for call in calls]
+    loops = [max(1, round(budget.min_sample / seconds)) for seconds in estimates]
+    one_round = sum(seconds * n for seconds, n in zip(estimates, loops, strict=True))
+    return max(budget.min_pairs, min(budget.max_pairs, int(budget.seconds / one_round))), loops
+
+
+def interleave(calls: list[Call], budget: Budget, before_sample: Call | None = None) -> list[list[float]]:
+    """Samples, in seconds per call, of the calls run in turn: A B A B ...
+
+    ``before_sample`` runs untimed before each sample (to evict the caches); a sample is then a single call.
+    """
+    with gc_paused():
+        rounds, loops = plan(calls, budget)
+        samples: list[list[float]] = [[] for _ in calls]
+        for _ in range(rounds):
+            for call, n, times in zip(calls, loops, samples, strict=True):
+                if before_sample:
+                    before_sample()
+                    n = 1
+                times.append(seconds_per_call(call, n))
+    return samples
+
+
+def paired_ratio(ours: list[float], peer: list[float]) -> float:
+    """How many times faster than the peer: the median of the ratios of neighbouring samples."""
+    return statistics.median(b / a for a, b in zip(ours, peer, strict=True))
+
+
+def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call | None = None) -> Result:
+    """Checks and times one case. What goes wrong stands in the result: one broken case must not hide the others."""
+    direction = "backward" if case.backward else "forward"
+    result = Result(spec.name, case.id, case.group, direction, case.size, spec.peer_name if spec.peer else "")
+    try:
+        ours, peer = prepare(spec, case)
+        samples = interleave([ours, peer] if peer else [ours], budget, before_sample)
+    except Disagreement as error:
+        result.status, result.note = "disagrees", str(error)
+        return result
+    except ImportError:
+        raise  # the peer is not installed: nothing to compare any case with
+    except Exception as error:
+        result.status, result.note = "failed", f"{type(error).__name__}: {error}"
+        return result
+    result.pyzoo_samples = samples[0]
+    result.pyzoo_seconds = statistics.median(samples[0])
+    if peer:
+        result.peer_samples = samples[1]
+        result.peer_seconds = statistics.median(samples[1])
+        result.ratio = paired_ratio(*samples)
+    if floor := ceilings.floor_seconds(case):
+        result.floor_seconds = floor
+        result.ceiling_fraction = floor / result.pyzoo_seconds
+    return result
+
+
+def measure_ceilings(copy_mib: int = 256, gemm_size: int = 1536, repeats: int = 7) -> Ceilings:
+    """The best of several runs: a ceiling is what the machine can do, not what it does on average."""
+    source = torch.ones(copy_mib << 18)
+    target = torch.empty_like(source)
+    a, b = torch.rand(2, gemm_size, gemm_size).unbind()
+    out = torch.empty_like(a)
+
+    def best(call: Call) -> float:
+        call()
+        return min(seconds_per_call(call) for _ in range(repeats))
+
+    with gc_paused():
+        copied = 2 * source.numel() * source.element_size()  # each byte is read once and written once
+        return Ceilings(
+            copy_bytes_per_second=copied / best(lambda: target.copy_(source)),
+            gemm_flops_per_second=2 * gemm_size**3 / best(lambda: torch.mm(a, b, out=out)),
+        )
+
+
+def cache_evictor(mib: int = 256) -> Call:
+    """A call that sweeps a buffer larger than the last-level cache, for measurements with cold caches."""
+    buffer = torch.zeros(mib << 18)
+    return lambda: buffer.add_(1)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.geometric_mean(values) if values else float("nan")

@@ -1,0 +1,5 @@
+import sys
+
+from pyzoo.cli import main
+
+sys.exit(main())

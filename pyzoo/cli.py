@@ -1,0 +1,86 @@
+"""The ``pyzoo`` command. ``add_<verb>`` declares a verb's arguments, ``<verb>`` runs it and returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``pyzoo VERB ...`` and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="pyzoo", description="Fast vision kernels for PyTorch and NumPy.")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for add in (add_info, add_bench):
+        add(verbs)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except CommandError as error:
+        print(f"pyzoo: {error}", file=sys.stderr)
+        return 2
+
+
+class CommandError(Exception):
+    """What the user has to change; printed without a traceback."""
+
+
+def add_info(verbs) -> None:
+    verbs.add_parser("info", help="versions, ops and backends, instruction set").set_defaults(run=info)
+
+
+def info(args: argparse.Namespace) -> int | None:
+    from pyzoo import info
+
+    return info.main()
+
+
+def add_bench(verbs) -> None:
+    parser = verbs.add_parser("bench", help="measure every op against what it replaces", description=bench.__doc__)
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="OP", help="only these ops (default: all)")
+    add("--quick", action="store_true", help="the short set of cases, fewer runs")
+    add("--threads", type=positive, metavar="N", help="threads torch and pyzoo may use (default: torch's)")
+    add("--cold", action="store_true", help="evict the caches before each run")
+    add("-o", "--output", metavar="DIR", default="bench", help="folder for page and data (default: %(default)s)")
+    add("--json", metavar="FILE", help="file for the raw samples (default: DIR/bench.json)")
+    add("--baseline", metavar="FILE", help="an earlier bench.json; exit with 1 if a case got slower")
+    add("--render", metavar="FILE", help="measure nothing, print and draw an earlier bench.json")
+    add("--list", action="store_true", help="list the cases and stop")
+    parser.set_defaults(run=bench)
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Times pyzoo and its peers in turns on the same input, prints a table and writes an HTML page with plots.
+
+    Exits with 1 if the outputs of a case disagree.
+    """
+    root = suite_root()
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        console = importlib.import_module("benchmarks.console")
+        return console.bench(args)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in ("matplotlib", "rich", "torch", "torchvision"):
+            raise CommandError(f"'{error.name}' is missing; install it with: pip install 'pyzoo[bench]'") from error
+        raise
+
+
+def suite_root() -> Path:
+    """The source tree with the benchmark suite: where pyzoo runs from, or the current directory."""
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / "benchmarks" / "console.py").is_file() and (root / "tests" / "specs").is_dir():
+            return root
+    raise CommandError(
+        "the benchmarks come with the source tree, not with the installed package; run them in a checkout:\n"
+        "  git clone https://github.com/pyzoo/pyzoo && cd pyzoo && pip install -e '.[bench]'"
+    )
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
