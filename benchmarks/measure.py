@@ -235,7 +235,7 @@ def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call
     return result
 
 
-def measure_ceilings(copy_mib: int = 256, gemm_size: int = 1536, repeats: int = 7) -> Ceilings:
+def measure_ceilings(copy_mib: int = 256, gemm_size: int = 1536, repeats: int = 15) -> Ceilings:
     """The best of several runs: a ceiling is what the machine can do, not what it does on average."""
     source = torch.ones(copy_mib << 18)
     target = torch.empty_like(source)

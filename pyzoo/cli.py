@@ -43,7 +43,7 @@ def add_bench(verbs) -> None:
     add("--quick", action="store_true", help="the short set of cases, fewer runs")
     add("--threads", type=positive, metavar="N", help="threads torch and pyzoo may use (default: torch's)")
     add("--cold", action="store_true", help="evict the caches before each run")
-    add("-o", "--output", metavar="DIR", default="bench", help="folder for page and data (default: %(default)s)")
+    add("-o", "--output", metavar="DIR", default="out/bench", help="folder for page and data (default: %(default)s)")
     add("--json", metavar="FILE", help="file for the raw samples (default: DIR/bench.json)")
     add("--baseline", metavar="FILE", help="an earlier bench.json; exit with 1 if a case got slower")
     add("--render", metavar="FILE", help="measure nothing, print and draw an earlier bench.json")
