@@ -1,0 +1,133 @@
+// A batch of feature maps [N, C, H, W] of any strides, and the list of boxes that are pooled from it. Shared by the RoI ops.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "tensor.h"
+
+namespace pyzoo {
+
+struct FeatureMap {
+  void* data;
+  DType dtype;
+  int64_t images, channels, height, width;
+  int64_t image_stride, channel_stride, row_stride, pixel_stride;  // in elements
+
+  FeatureMap(const Tensor& t, const char* name) {
+    check_tensor(t, name, 4);
+    check_cpu(t, name);
+    check_floating(t, name);
+    data = t.data;
+    dtype = t.dtype;
+    images = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
+    image_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], pixel_stride = t.stride[3];
+    check(height * width <= INT32_MAX, std::string(name) + ": height x width must be below 2^31, got shape " + t.shape_string());
+  }
+  int64_t pixels() const { return height * width; }
+  bool channels_last() const { return channel_stride == 1 || channels == 1; }
+  // The address of an image from channel c on.
+  template <class T>
+  T* at(int64_t image, int64_t c) const {
+    return static_cast<T*>(data) + image * image_stride + c * channel_stride;
+  }
+};
+
+// Channels [begin, begin + count): what is worked on at a time, so that the data stays in the second-level cache.
+struct ChannelBlock {
+  static constexpr int64_t kMost = 64;
+  int64_t begin, count;
+};
+
+// Blocks of kMost channels. When the last one would be narrower than a vector it starts earlier, over channels done before.
+inline std::vector<ChannelBlock> channel_blocks(int64_t channels, int64_t vector) {
+  std::vector<ChannelBlock> blocks;
+  for (int64_t c = 0; c < channels; c += ChannelBlock::kMost) {
+    const int64_t rest = channels - c, count = rest < vector && channels >= vector ? vector : std::min(rest, ChannelBlock::kMost);
+    blocks.push_back({c + std::min(rest, ChannelBlock::kMost) - count, count});
+  }
+  return blocks;
+}
+
+// A pooled tensor [K, C, PH, PW], either layout; the backward passes also take a gradient of any strides.
+struct Pooled {
+  void* data;
+  DType dtype;
+  int64_t rois, channels, height, width;
+  int64_t roi_stride, channel_stride, row_stride, bin_stride;
+
+  Pooled(const Tensor& t, const char* name) {
+    check_tensor(t, name, 4);
+    check_cpu(t, name);
+    data = t.data;
+    dtype = t.dtype;
+    rois = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
+    roi_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], bin_stride = t.stride[3];
+  }
+  int64_t bins() const { return height * width; }
+  // Bins of one channel lie next to each other (NCHW), or channels of one bin do.
+  bool planar() const { return bin_stride == 1 && row_stride == width; }
+  bool channels_last() const { return (channel_stride == 1 || channels == 1) && row_stride == width * bin_stride; }
+  void check_written(const char* name) const {
+    check(planar() || channels_last(), std::string(name) + " must be contiguous or channels_last");
+  }
+};
+
+// Boxes [K, 5]: image index, x1, y1, x2, y2.
+struct Rois {
+  const Tensor& t;
+
+  explicit Rois(const Tensor& rois) : t(rois) {
+    check(t.ndim == 2 && t.shape[1] == 5, "boxes must have shape [K, 5], got " + t.shape_string());
+    check_cpu(t, "boxes");
+    check_floating(t, "boxes");
+  }
+  int64_t count() const { return t.shape[0]; }
+  template <class G>
+  G at(int64_t k, int64_t column) const {
+    return load_as<G>(t.data, t.dtype, k * t.stride[0] + column * t.stride[1]);
+  }
+  // The image index of every box. Truncated towards zero like torchvision's; raises when there is no such image.
+  std::vector<int32_t> images(int64_t count_images) const {
+    std::vector<int32_t> image(count());
+    for (int64_t k = 0; k < count(); ++k) {
+      const double index = at<double>(k, 0);
+      check(index > -1 && index < double(count_images), "boxes: batch index must be in [0, " + std::to_string(count_images) +
+                                                             "), got " + std::to_string(index) + " in row " + std::to_string(k));
+      image[k] = int32_t(index);
+    }
+    return image;
+  }
+};
+
+// The boxes of each of `count` groups, in order: members[first[g] .. first[g + 1]).
+struct Groups {
+  std::vector<int64_t> first, members;
+
+  Groups(const std::vector<int32_t>& group, int64_t count) : first(count + 1), members(group.size()) {
+    for (int32_t g : group) ++first[g + 1];
+    for (int64_t g = 0; g < count; ++g) first[g + 1] += first[g];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (size_t k = 0; k < group.size(); ++k) members[next[group[k]]++] = int64_t(k);
+  }
+};
+
+// Which blocks of 64 pixels of the maps the boxes touch: only those are copied into channels_last order.
+struct TouchedPixels {
+  static constexpr int64_t kBlock = 64;
+  int64_t blocks_per_image;
+  std::vector<uint8_t> touched;
+
+  explicit TouchedPixels(const FeatureMap& map)
+      : blocks_per_image((map.pixels() + kBlock - 1) / kBlock), touched(size_t(map.images * blocks_per_image)) {}
+
+  // Rows and columns are inclusive.
+  void mark(const FeatureMap& map, int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
+    uint8_t* blocks = touched.data() + image * blocks_per_image;
+    for (int64_t y = y0; y <= y1; ++y)
+      for (int64_t b = (y * map.width + x0) / kBlock; b <= (y * map.width + x1) / kBlock; ++b) blocks[b] = 1;
+  }
+};
+
+}  // namespace pyzoo

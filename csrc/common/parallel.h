@@ -1,0 +1,36 @@
+// The one place that starts threads. With OpenMP we run in the same pool as torch (both link libgomp.so.1), so
+// torch.set_num_threads and OMP_NUM_THREADS are obeyed.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace pyzoo {
+
+inline int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of
+// element operations in total. Results must not depend on which thread runs which i.
+template <class F>
+void parallel_for(int64_t n, double work, F&& f) {
+  constexpr double kWorthAThread = 20000;  // about 10 us: what waking the pool costs
+#ifdef _OPENMP
+  if (n > 1 && work > kWorthAThread && max_threads() > 1) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+}  // namespace pyzoo

@@ -1,0 +1,62 @@
+// The plain view of a tensor that every kernel receives. Knows nothing of Python or torch.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace pyzoo {
+
+constexpr int kMaxDims = 6;
+
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int32_t device_type = 1;  // DLPack's numbers: 1 CPU, 2 CUDA
+  int32_t device_id = 0;
+  int ndim = 0;
+  int64_t shape[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};  // in elements; may be 0 or negative
+  std::shared_ptr<void> owner;    // keeps an exported (not borrowed) buffer alive
+
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    return n;
+  }
+  template <class T>
+  T* ptr() const {
+    return static_cast<T*>(data);
+  }
+  std::string shape_string() const {
+    std::string s = "[";
+    for (int i = 0; i < ndim; ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + "]";
+  }
+};
+
+// The checks here guard memory only; the friendly ones are in Python, once per op.
+inline void check(bool ok, const std::string& message) {
+  if (!ok) throw std::invalid_argument(message);
+}
+
+inline void check_tensor(const Tensor& t, const char* name, int ndim) {
+  check(t.ndim == ndim, std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got shape " + t.shape_string());
+}
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  check(t.device_type == 1, std::string(name) + " must be on the CPU");
+}
+
+inline void check_dtype(const Tensor& t, const char* name, DType dtype) {
+  check(t.dtype == dtype, std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.dtype));
+}
+
+inline void check_floating(const Tensor& t, const char* name) {
+  check(is_floating(t.dtype), std::string(name) + " must be float32, float64, float16 or bfloat16, got " + dtype_name(t.dtype));
+}
+
+}  // namespace pyzoo

@@ -1,0 +1,24 @@
+// What vec.inc and the kernels need from outside the target regions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "dtype.h"
+#include "isa.h"
+#include "parallel.h"
+
+#define PZ_INLINE inline __attribute__((always_inline))
+
+// PZ_SHUFFLE(integer vector type, a, b, indices...)
+#if defined(__clang__) || __GNUC__ >= 12
+#define PZ_SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PZ_SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
+#endif

@@ -1,0 +1,39 @@
+#include <tuple>
+
+#include "common/tensor_caster.h"
+#include "roi_align/roi_align.h"
+
+namespace pyzoo {
+
+namespace {
+
+using LevelMapTuple = std::optional<std::tuple<int, double, double, double>>;
+
+std::optional<LevelMap> level_map_from(const LevelMapTuple& t) {
+  if (!t) return std::nullopt;
+  return LevelMap{std::get<0>(*t), std::get<1>(*t), std::get<2>(*t), std::get<3>(*t)};
+}
+
+}  // namespace
+
+void register_roi_align(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "roi_align_fwd_cpu",
+      [](const std::vector<Tensor>& inputs, const Tensor& rois, const Tensor& output, const std::vector<double>& scales,
+         int sampling_ratio, bool aligned, const LevelMapTuple& level_map) {
+        py::gil_scoped_release release;
+        roi_align_fwd_cpu(inputs, rois, output, scales, sampling_ratio, aligned, level_map_from(level_map));
+      },
+      "inputs"_a, "rois"_a, "output"_a, "scales"_a, "sampling_ratio"_a, "aligned"_a, "level_map"_a);
+  m.def(
+      "roi_align_bwd_cpu",
+      [](const Tensor& grad_output, const Tensor& rois, const std::vector<Tensor>& grad_inputs, const std::vector<double>& scales,
+         int sampling_ratio, bool aligned, const LevelMapTuple& level_map) {
+        py::gil_scoped_release release;
+        roi_align_bwd_cpu(grad_output, rois, grad_inputs, scales, sampling_ratio, aligned, level_map_from(level_map));
+      },
+      "grad_output"_a, "rois"_a, "grad_inputs"_a, "scales"_a, "sampling_ratio"_a, "aligned"_a, "level_map"_a);
+}
+
+}  // namespace pyzoo

@@ -1,0 +1,84 @@
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "common/feature_map.h"
+#include "common/memory.h"
+#include "common/vec.h"
+#include "roi_align/roi_align.h"
+#include "roi_align/roi_align_taps.h"
+
+namespace pyzoo {
+
+#define PZ_KERNEL "roi_align/roi_align_cpu.inc"
+#include "common/foreach_isa.h"
+
+namespace {
+
+std::vector<FeatureMap> feature_maps(const std::vector<Tensor>& tensors, const char* name, const Pooled& pooled, size_t scales) {
+  check(!tensors.empty(), std::string(name) + ": at least one feature map is needed");
+  check(scales == tensors.size(), "one spatial scale is needed for each feature map");
+  std::vector<FeatureMap> maps;
+  for (const Tensor& t : tensors) {
+    maps.emplace_back(t, name);
+    const FeatureMap &map = maps.back(), &first = maps.front();
+    check(map.dtype == first.dtype && map.dtype == pooled.dtype, std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
+    check(map.images == first.images && map.channels == pooled.channels,
+          std::string(name) + ": all feature maps must have the same batch size and channels");
+  }
+  return maps;
+}
+
+template <class A>
+RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps, const Pooled& pooled, const std::vector<double>& scales,
+                          int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map) {
+  check(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
+  RoiAlignTaps<A> table;
+  const RoiAlignOptions options{scales, int(pooled.height), int(pooled.width), sampling_ratio, aligned, level_map ? &*level_map : nullptr};
+  if (boxes.t.dtype == DType::f64 || maps[0].dtype == DType::f64) {
+    table.template build<double>(boxes, maps, options);
+  } else {
+    table.template build<float>(boxes, maps, options);
+  }
+  return table;
+}
+
+}  // namespace
+
+void roi_align_fwd_cpu(const std::vector<Tensor>& inputs, const Tensor& rois, const Tensor& output, const std::vector<double>& scales,
+                       int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map) {
+  const Pooled pooled(output, "output");
+  pooled.check_written("output");
+  const std::vector<FeatureMap> maps = feature_maps(inputs, "input", pooled, scales.size());
+  const Rois boxes(rois);
+  const std::vector<int32_t> image = boxes.images(maps[0].images);
+  if (output.numel() == 0) return;
+  dispatch_floating(output.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto table = make_taps<acc_t<T>>(boxes, maps, pooled, scales, sampling_ratio, aligned, level_map);
+    std::vector<TouchedPixels> touched(maps.begin(), maps.end());
+    for (int64_t k = 0; k < boxes.count(); ++k)
+      if (const auto& roi = table.rois[k]; !roi.empty())
+        touched[table.level[k]].mark(maps[table.level[k]], image[k], roi.y.first, roi.y.last, roi.x.first, roi.x.last);
+    prefer_huge_pages(output.data, output.numel() * int64_t(sizeof(T)));
+    PZ_FOR_ISA(template roi_align_fwd<T>)(maps, touched, table, image, pooled);
+  });
+}
+
+void roi_align_bwd_cpu(const Tensor& grad_output, const Tensor& rois, const std::vector<Tensor>& grad_inputs,
+                       const std::vector<double>& scales, int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map) {
+  const Pooled grad(grad_output, "grad_output");
+  const std::vector<FeatureMap> maps = feature_maps(grad_inputs, "grad_input", grad, scales.size());
+  const Rois boxes(rois);
+  std::vector<int32_t> group = boxes.images(maps[0].images);
+  dispatch_floating(grad.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto table = make_taps<acc_t<T>>(boxes, maps, grad, scales, sampling_ratio, aligned, level_map);
+    for (size_t k = 0; k < group.size(); ++k) group[k] += int32_t(table.level[k] * maps[0].images);
+    for (const Tensor& t : grad_inputs) prefer_huge_pages(t.data, t.numel() * int64_t(sizeof(T)));
+    const Groups groups(group, int64_t(maps.size()) * maps[0].images);
+    PZ_FOR_ISA(template roi_align_bwd<T>)(maps, table, groups, grad);
+  });
+}
+
+}  // namespace pyzoo

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "common/tensor.h"
+
+namespace pyzoo {
+
+// output [K, C, PH, PW]: the maximum of each bin; argmax (int32, same shape, or null): its pixel y * W + x, -1 for none.
+void roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& output, const Tensor* argmax, double spatial_scale);
+
+// Adds each gradient to the pixel its maximum came from, in the order of the boxes; writes all of grad_input. Finds the maxima of
+// `input` again.
+void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, double spatial_scale);
+
+// The same from the argmax of the forward pass.
+void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, const Tensor& argmax, const Tensor& grad_input);
+
+}  // namespace pyzoo

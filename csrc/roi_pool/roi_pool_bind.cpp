@@ -1,0 +1,23 @@
+#include <optional>
+
+#include "common/tensor_caster.h"
+#include "roi_pool/roi_pool.h"
+
+namespace pyzoo {
+
+void register_roi_pool(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "roi_pool_fwd_cpu",
+      [](const Tensor& input, const Tensor& rois, const Tensor& output, const std::optional<Tensor>& argmax, double spatial_scale) {
+        py::gil_scoped_release release;
+        roi_pool_fwd_cpu(input, rois, output, argmax ? &*argmax : nullptr, spatial_scale);
+      },
+      "input"_a, "rois"_a, "output"_a, "argmax"_a, "spatial_scale"_a);
+  m.def("roi_pool_bwd_cpu", &roi_pool_bwd_cpu, "grad_output"_a, "input"_a, "rois"_a, "grad_input"_a, "spatial_scale"_a,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("roi_pool_bwd_argmax_cpu", &roi_pool_bwd_argmax_cpu, "grad_output"_a, "rois"_a, "argmax"_a, "grad_input"_a,
+        py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace pyzoo

@@ -1,0 +1,23 @@
+"""pyzoo: compiled kernels for PyTorch that install anywhere, and the classic papers assembled from them.
+
+Submodules load when first used, so ``import pyzoo`` is fast and needs no torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["compat", "info", "nn", "numpy", "ops", "patch"]
+
+
+def __getattr__(name: str):
+    if name == "patch":
+        from pyzoo._patch import patch
+
+        return patch
+    if name in __all__:
+        return importlib.import_module(f"pyzoo.{name}")
+    raise AttributeError(f"module 'pyzoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,60 @@
+"""What one op's spec file provides. The same lists feed the tests (``tests/test_ops.py``) and the benchmarks (``benchmarks/``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of the public function: ``op(*args, **kwargs)``. ``args[i]`` for i in ``OpSpec.differentiable`` takes gradients."""
+
+    id: str
+    args: tuple
+    kwargs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ErrorSample(Sample):
+    """A call that must raise ``error`` with a message matching the regular expression ``match``."""
+
+    error: type[Exception] = ValueError
+    match: str = ""
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One timed case. ``make()`` builds fresh arguments; backward cases time only the backward pass.
+
+    ``size`` is the x value of the time-against-size plot within ``group`` (for nms the number of boxes, for RoI ops the
+    number of boxes times channels); ``floor_bytes`` and ``floor_flops`` are the least the op must move and compute, from
+    which the fraction of this machine's ceiling follows.
+    """
+
+    id: str
+    group: str
+    make: Callable[[], tuple[tuple, dict]]
+    backward: bool = False
+    size: float = 0.0
+    floor_bytes: float = 0.0
+    floor_flops: float = 0.0
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str
+    op: Callable
+    reference: Callable
+    samples: Callable[[torch.dtype, torch.memory_format], Iterator[Sample]]
+    errors: Callable[[], Iterator[ErrorSample]]
+    bench: Callable[[], Iterator[BenchCase]]
+    peer: Callable | None = None  # the function a user would call instead, same arguments; looked up lazily
+    peer_name: str = ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    differentiable: tuple[int, ...] = ()
+    exact: bool = False  # outputs are indices: compare for equality, not within tolerance
+    tolerances: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)  # dtype -> (rtol, atol)
