@@ -1,0 +1,262 @@
+"""What the ops share: registration with torch, argument checks, boxes, memory formats and the folding for vmap.
+
+Each op is ``torch.ops.pyzoo.<name>``. Its CPU kernel is Python that allocates the outputs and calls the compiled core. Autograd,
+forward-mode AD, ``torch.func`` and ``vmap`` are rules of the operator itself, so the bare operator has them too.
+
+Autocast changes nothing: the kernels take features and boxes of different dtypes and accumulate in float32 or better, so
+features stay in the dtype they come in, which is the dtype of the output, and boxes never lose precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+lib = torch.library.Library("pyzoo", "DEF")
+
+# ---------------------------------------------------------------------------------------------------------- registration
+
+_AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+_dispatch_keys = torch._C._dispatch_keys
+_functorch_active = torch._C._are_functorch_transforms_active
+_torch_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN_CPU = _dispatch_keys(torch.empty(0)).raw_repr()
+
+
+class Function(_SingleLevelFunction):
+    """Base of the derivative rules: the part of ``torch.autograd.Function`` that acts on one level of ``torch.func``.
+
+    That is the part which fits below the dispatcher, where the level has already been chosen. It is also five times faster to
+    call than ``torch.autograd.Function`` with ``setup_context``, which binds the signature in Python at each call.
+    """
+
+
+class Operator:
+    """``torch.ops.pyzoo.<name>``: schema, CPU kernel, fake implementation, vmap rule and, after ``differentiate``, autograd.
+
+    Without ``vmap`` the operator raises under ``torch.vmap``.
+    """
+
+    def __init__(self, schema: str, *, cpu: Callable, fake: Callable, vmap: Callable):
+        self.name = schema.partition("(")[0]
+        self.cpu = cpu
+        lib.define(schema)
+        lib.impl(self.name, cpu, "CPU")
+        torch.library.register_fake(f"pyzoo::{self.name}", fake, lib=lib)
+        torch.library.register_vmap(f"pyzoo::{self.name}", vmap, lib=lib)
+        self.op = getattr(torch.ops.pyzoo, self.name).default
+
+    def differentiate(self, function: type[Function]) -> None:
+        """Registers the derivative in the first argument, a tensor or a list of tensors; the second is boxes, which get none.
+
+        ``function.apply`` takes the arguments of the operator; a list comes last and spread out, as autograd needs it.
+        """
+        apply = function.apply
+
+        def derivative(first, *rest):
+            args = (*rest, *first) if type(first) is list else (first, *rest)
+            if not _functorch_active():
+                return apply(*args)
+            with enable_single_level_autograd_function():
+                return apply(*args)
+
+        self.when_differentiated(derivative)
+
+    def when_differentiated(self, derivative: Callable) -> None:
+        """``derivative`` replaces the operator where the first argument needs a gradient or a tangent."""
+        below = self.below_autograd
+
+        def kernel(first, *rest):
+            requires_grad = any([t.requires_grad for t in first]) if type(first) is list else first.requires_grad
+            if (requires_grad and torch.is_grad_enabled()) or _functorch_active() or forward_ad._current_level >= 0:
+                return derivative(first, *rest)
+            return below(first, *rest)
+
+        lib.impl(self.name, kernel, "Autograd")
+
+    def below_autograd(self, first, boxes, *rest):
+        """Runs the operator without a derivative. Plain CPU tensors go straight to the kernel: a second trip through the
+        dispatcher would be a third of the call overhead."""
+        tensors = first if type(first) is list else (first,)
+        if boxes.requires_grad:
+            boxes = boxes.detach()
+        if (
+            not _torch_dispatch_modes()
+            and _dispatch_keys(boxes).raw_repr() == _PLAIN_CPU
+            and all([_dispatch_keys(t).raw_repr() == _PLAIN_CPU for t in tensors])
+        ):
+            return self.cpu(first, boxes, *rest)
+        for t in (*tensors, boxes):
+            if t.layout != torch.strided:
+                raise TypeError(f"{self.name}: tensors must be dense (torch.strided), got layout {t.layout}")
+        with _AutoDispatchBelowAutograd():
+            return self.op(first, boxes, *rest)
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_tensor(op: str, name: str, x) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{op}: {name} and {other_name} must be on one device, got {x.device} and {other.device}")
+
+
+def check_features(op: str, name: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name} must have shape [N, C, H, W], got {list(x.shape)}")
+    check_floating(op, name, x)
+
+
+def check_rois(op: str, boxes: Tensor, name: str, x: Tensor) -> None:
+    """``boxes`` are [K, 5] and on the device of ``x``."""
+    if boxes.dim() != 2 or boxes.shape[1] != 5:
+        raise ValueError(f"{op}: boxes must have shape [K, 5], got {list(boxes.shape)}")
+    check_floating(op, "boxes", boxes)
+    check_same_device(op, name, x, "boxes", boxes)
+
+
+def check_scale(op: str, spatial_scale: float) -> None:
+    if not 0 < spatial_scale < math.inf:
+        raise ValueError(f"{op}: spatial_scale must be positive and finite, got {spatial_scale}")
+
+
+def check_pooled_size(op: str, pooled_height: int, pooled_width: int) -> None:
+    if pooled_height < 1 or pooled_width < 1:
+        raise ValueError(f"{op}: output_size must be at least 1 x 1, got {pooled_height} x {pooled_width}")
+
+
+def check_grad_output(op: str, grad_output: Tensor, boxes: Tensor, channels: int, pooled_height: int, pooled_width: int) -> None:
+    check_features(op, "grad_output", grad_output)
+    check_rois(op, boxes, "grad_output", grad_output)
+    if grad_output.shape != (boxes.shape[0], channels, pooled_height, pooled_width):
+        expected = [boxes.shape[0], channels, pooled_height, pooled_width]
+        raise ValueError(f"{op}: grad_output must have shape {expected}, got {list(grad_output.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- arguments
+
+
+def pair(op: str, output_size) -> tuple[int, int]:
+    """(height, width) from an int or from a sequence of one or two."""
+    sizes = output_size if isinstance(output_size, (tuple, list, torch.Size)) else (output_size,)
+    if not 1 <= len(sizes) <= 2:
+        raise ValueError(f"{op}: output_size must be an int or two ints, got {len(sizes)} values")
+    for size in sizes:
+        if not isinstance(size, (int, torch.SymInt)) and not hasattr(size, "__index__"):
+            raise TypeError(f"{op}: output_size must be an int or two ints, got {output_size!r}")
+    return sizes[0], sizes[-1]
+
+
+def rois_from_boxes(op: str, boxes: Tensor | Sequence[Tensor], like: Tensor) -> Tensor:
+    """Boxes as [K, 5] with the image index in front: [K, 5] as they are, or one tensor [L, 4] for each image."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    if not isinstance(boxes, (list, tuple)):
+        raise TypeError(f"{op}: boxes must be a Tensor[K, 5] or a list of Tensor[L, 4], got {type(boxes).__name__}")
+    for i, b in enumerate(boxes):
+        check_tensor(op, f"boxes[{i}]", b)
+        if b.dim() != 2 or b.shape[1] != 4:
+            raise ValueError(f"{op}: boxes[{i}] must have shape [L, 4], got {list(b.shape)}")
+        check_floating(op, f"boxes[{i}]", b)
+    if len(boxes) == 0:
+        return like.new_empty((0, 5))
+    return torch.cat([torch.nn.functional.pad(_at_least_float32(b), (1, 0), value=i) for i, b in enumerate(boxes)])
+
+
+def _at_least_float32(boxes: Tensor) -> Tensor:
+    """float16 and bfloat16 cannot hold every image index; the widening loses nothing."""
+    return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
+
+
+# -------------------------------------------------------------------------------------------------------- memory formats
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether the channels of one pixel of ``x`` [N, C, H, W] lie next to each other and a pixel's neighbours do not."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty(size: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(
+        size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ vmap
+# One call with the extra dimension V folded away: into the channels when all entries share the boxes, else into the boxes, and
+# when each entry has its own features too, into the images.
+
+
+def vmap_pool(call: Callable, size: int, inputs: Sequence[Tensor], dims: Sequence, boxes: Tensor, boxes_dim: int | None):
+    """The vmap rule of a pooling op: ``call(inputs, boxes)`` -> tensors [K, C, PH, PW]."""
+    if boxes_dim is None:
+        return _unfold(call([_fold_channels(x, d, size) for x, d in zip(inputs, dims, strict=True)], boxes), 1, size)
+    if all(d is None for d in dims):
+        return _unfold(call(list(inputs), _fold_boxes(boxes, boxes_dim, None)), 0, size)
+    inputs = [_fold_batch(x, d, size) for x, d in zip(inputs, dims, strict=True)]
+    return _unfold(call(inputs, _fold_boxes(boxes, boxes_dim, inputs[0].shape[0] // size)), 0, size)
+
+
+def vmap_pool_backward(
+    call: Callable, size: int, grads: Sequence[Tensor], dims: Sequence, boxes: Tensor, boxes_dim, images: int, channels: int
+):
+    """The vmap rule of its backward: ``call(grads, boxes, images, channels)`` -> tensors [N, C, H, W]."""
+    if boxes_dim is None:
+        grads = [_fold_channels(g, d, size) for g, d in zip(grads, dims, strict=True)]
+        return _unfold(call(grads, boxes, images, size * channels), 1, size)
+    grads = [_fold_batch(g, d, size) for g, d in zip(grads, dims, strict=True)]
+    return _unfold(call(grads, _fold_boxes(boxes, boxes_dim, images), size * images, channels), 0, size)
+
+
+def _fold_channels(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """[N, C, ...] with V at ``dim`` -> [N, V * C, ...]."""
+    x = x.unsqueeze(1).expand(-1, size, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
+    return x.flatten(1, 2)
+
+
+def _fold_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """[N, ...] with V at ``dim`` -> [V * N, ...]."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _fold_boxes(boxes: Tensor, dim: int, images: int | None) -> Tensor:
+    """[K, 5] with V at ``dim`` -> [V * K, 5]. With ``images``, entry v looks into images [v * images, (v + 1) * images)."""
+    boxes = boxes.movedim(dim, 0)
+    if images is not None:
+        boxes = _at_least_float32(boxes)
+        index = boxes[..., :1].trunc()
+        first = images * torch.arange(boxes.shape[0], dtype=boxes.dtype, device=boxes.device)[:, None, None]
+        # An index out of range must not reach into the images of another entry: -1 makes the kernel raise.
+        index = torch.where((index >= 0) & (index < images), index + first, -1)
+        boxes = torch.cat([index, boxes[..., 1:]], dim=-1)
+    return boxes.flatten(0, 1)
+
+
+def _unfold(outputs: Tensor | Sequence[Tensor], dim: int, size: int):
+    """Splits V off ``dim`` of each output; returns the outputs and where V is, in the same structure."""
+    if isinstance(outputs, Tensor):
+        return outputs.unflatten(dim, (size, outputs.shape[dim] // size)), dim
+    return type(outputs)(x.unflatten(dim, (size, x.shape[dim] // size)) for x in outputs), type(outputs)([dim] * len(outputs))

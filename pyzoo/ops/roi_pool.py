@@ -1,0 +1,279 @@
+"""RoIPool. Girshick, "Fast R-CNN", 2015, section 2.1 (https://arxiv.org/abs/1504.08083)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyzoo._ext import C
+from pyzoo.ops import _common as common
+from pyzoo.ops._common import Function, Operator
+
+# ------------------------------------------------------------------------------------------------------------- reference
+
+
+def _round_half_away(x: Tensor) -> Tensor:
+    whole = x.trunc()
+    return whole + x.sign() * ((x - whole).abs() >= 0.5)
+
+
+def _axis_bins(low: Tensor, high: Tensor, bins: int, size: int) -> list[tuple[int, int]]:
+    """Pixels [begin, end) of each bin of one box along one axis, in torchvision's arithmetic."""
+    low, high = _round_half_away(low), _round_half_away(high)
+    if not (low.isfinite() and high.isfinite()):
+        return [(0, 0)] * bins
+    limit = 2**30  # a coordinate must fit an integer; no map is that large
+    start, end = int(low.clamp(-limit, limit)), int(high.clamp(-limit, limit))
+    bin_size = torch.full_like(low, max(end - start + 1, 1)) / bins
+    begins = [int((p * bin_size).floor()) + start for p in range(bins)]
+    ends = [int(((p + 1) * bin_size).ceil()) + start for p in range(bins)]
+    return [(min(max(b, 0), size), min(max(e, 0), size)) for b, e in zip(begins, ends, strict=True)]
+
+
+def roi_pool_reference(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    *,
+    return_argmax: bool = False,
+):
+    """:func:`roi_pool` in plain PyTorch: the specification of the kernels. Differentiable in ``input``.
+
+    ``return_argmax`` adds the int32 position y * W + x of each maximum, -1 where there is none.
+    """
+    boxes = common.rois_from_boxes("roi_pool_reference", boxes, input)
+    geometry = torch.promote_types(torch.promote_types(input.dtype, boxes.dtype), torch.float32)
+    height, width = common.pair("roi_pool_reference", output_size)
+    images, channels, map_height, map_width = input.shape
+    lowest = input.new_tensor(torch.finfo(torch.float32).min)  # where torchvision starts from, for float64 too
+    columns = torch.arange(map_width, device=input.device)
+    pooled, argmax = [], []
+    for image, box in zip(boxes[:, 0].tolist(), boxes[:, 1:].to(geometry) * spatial_scale, strict=True):
+        if not -1 < image < images:
+            raise ValueError(f"roi_pool_reference: batch index must be in [0, {images}), got {image}")
+        x1, y1, x2, y2 = box
+        bins_x = _axis_bins(x1, x2, width, map_width)
+        for top, bottom in _axis_bins(y1, y2, height, map_height):
+            for left, right in bins_x:
+                if bottom <= top or right <= left:
+                    pooled.append(input.new_zeros(channels))
+                    argmax.append(torch.full((channels,), -1, device=input.device))
+                    continue
+                pixels = input[int(image), :, top:bottom, left:right].flatten(1)
+                index = (torch.arange(top, bottom, device=input.device)[:, None] * map_width + columns[left:right]).flatten()
+                wins = pixels > lowest  # false for NaN
+                best = torch.where(wins, pixels, -torch.inf).max(1, keepdim=True).values
+                first = (wins & (pixels == best)).int().argmax(1, keepdim=True)  # row-major
+                found = wins.any(1)
+                pooled.append(torch.where(found, pixels.gather(1, first)[:, 0], lowest))
+                argmax.append(torch.where(found, index[first[:, 0]], -1))
+    size = (len(boxes), height, width, channels)
+    empty = input[:0].sum() * input.new_zeros(0, channels)
+    out = (torch.stack(pooled) if pooled else empty).reshape(size).permute(0, 3, 1, 2)
+    if not return_argmax:
+        return out
+    where = torch.stack(argmax) if argmax else torch.zeros(0, channels)
+    return out, where.reshape(size).permute(0, 3, 1, 2).int()
+
+
+# -------------------------------------------------------------------------------------------------------------- roi_pool
+
+
+def _check(input, boxes, spatial_scale, pooled_height, pooled_width):
+    common.check_features("roi_pool", "input", input)
+    common.check_rois("roi_pool", boxes, "input", input)
+    common.check_scale("roi_pool", spatial_scale)
+    common.check_pooled_size("roi_pool", pooled_height, pooled_width)
+
+
+def _new_output(input, boxes, pooled_height, pooled_width, dtype=None):
+    size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
+    return common.empty(size, input, common.prefers_channels_last(input), dtype)
+
+
+def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
+    _check(input, boxes, spatial_scale, pooled_height, pooled_width)
+    return _new_output(input, boxes, pooled_height, pooled_width)
+
+
+def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
+    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale)
+    return output
+
+
+def _vmap(info, in_dims, input, boxes, *rest):
+    def call(inputs, boxes):
+        return _roi_pool.op(inputs[0], boxes, *rest)
+
+    return common.vmap_pool(call, info.batch_size, [input], in_dims[:1], boxes, in_dims[1])
+
+
+_roi_pool = Operator(
+    "roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+    vmap=_vmap,
+)
+
+
+def _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width):
+    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    return output, _new_output(input, boxes, pooled_height, pooled_width, torch.int32)
+
+
+def _argmax_cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
+    output, argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    C.roi_pool_fwd_cpu(input, boxes, output, argmax, spatial_scale)
+    return output, argmax
+
+
+def _argmax_vmap(info, in_dims, input, boxes, *rest):
+    def call(inputs, boxes):
+        return _roi_pool_with_argmax.op(inputs[0], boxes, *rest)
+
+    return common.vmap_pool(call, info.batch_size, [input], in_dims[:1], boxes, in_dims[1])
+
+
+_roi_pool_with_argmax = Operator(  # torchvision's schema of roi_pool
+    "_roi_pool_with_argmax(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width)"
+    " -> (Tensor, Tensor)",
+    cpu=_argmax_cpu,
+    fake=_argmax_fake,
+    vmap=_argmax_vmap,
+)
+
+
+def _backward_fake(grad_output, boxes, argmax, scale, pooled_height, pooled_width, batch_size, channels, height, width, *rest):
+    common.check_grad_output("_roi_pool_backward", grad_output, boxes, channels, pooled_height, pooled_width)
+    return common.empty((batch_size, channels, height, width), grad_output, channels_last=rest[-1])
+
+
+def _backward_cpu(grad_output, boxes, argmax, *args):
+    grad_input = _backward_fake(grad_output, boxes, argmax, *args)
+    C.roi_pool_bwd_cpu(grad_output, boxes, argmax, grad_input)
+    return grad_input
+
+
+def _backward_vmap(info, in_dims, grad_output, boxes, argmax, scale, pooled_height, pooled_width, images, channels, *rest):
+    def call(grads, boxes, images, channels):
+        grad_output, argmax = grads
+        return _roi_pool_backward.op(
+            grad_output, boxes, argmax, scale, pooled_height, pooled_width, images, channels, *rest
+        )
+
+    grad_dim, boxes_dim, argmax_dim = in_dims[:3]
+    return common.vmap_pool_backward(
+        call, info.batch_size, [grad_output, argmax], [grad_dim, argmax_dim], boxes, boxes_dim, images, channels
+    )
+
+
+_roi_pool_backward = Operator(  # torchvision's schema and the memory format
+    "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor argmax, float spatial_scale, SymInt pooled_height, "
+    "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width, bool channels_last) -> Tensor",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+    vmap=_backward_vmap,
+)
+
+
+def _gather(x: Tensor, boxes: Tensor, argmax: Tensor) -> Tensor:
+    """The derivative of the pooled values along ``x`` [N, C, H, W]: its values where the maxima were."""
+    image = boxes[:, 0].long()[:, None, None]
+    channel = torch.arange(x.shape[1], device=x.device)[:, None]
+    at = argmax.flatten(2).long()
+    values = x.flatten(2)[image, channel, at.clamp(min=0)]
+    return torch.where(at >= 0, values, 0).unflatten(2, argmax.shape[2:])
+
+
+class _RoIPoolWithArgmax(Function):
+    @staticmethod
+    def forward(ctx, input, boxes, *pooling):
+        output, argmax = _roi_pool_with_argmax.below_autograd(input, boxes, *pooling)
+        ctx.mark_non_differentiable(argmax)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(boxes, argmax)
+        ctx.save_for_forward(boxes, argmax)
+        ctx.pooling, ctx.size, ctx.channels_last = pooling, input.shape, common.prefers_channels_last(input)
+        return output, argmax
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return (None,) * (2 + len(ctx.pooling))
+        boxes, argmax = ctx.saved_tensors
+        grad = _roi_pool_backward.op(grad_output, boxes, argmax, *ctx.pooling, *ctx.size, ctx.channels_last)
+        return grad, *[None] * (1 + len(ctx.pooling))
+
+    @staticmethod
+    def jvp(ctx, input_tangent, *_):
+        return (None if input_tangent is None else _gather(input_tangent, *ctx.saved_tensors)), None
+
+
+class _RoIPoolBackward(Function):
+    @staticmethod
+    def forward(ctx, grad_output, boxes, argmax, *args):
+        ctx.save_for_backward(boxes, argmax)
+        ctx.save_for_forward(boxes, argmax)
+        ctx.args = args
+        return _roi_pool_backward.below_autograd(grad_output, boxes, argmax, *args)
+
+    @staticmethod
+    def backward(ctx, grad_grad_input):
+        return _gather(grad_grad_input, *ctx.saved_tensors), *[None] * (2 + len(ctx.args))
+
+    @staticmethod
+    def jvp(ctx, grad_tangent, *_):
+        return None if grad_tangent is None else _roi_pool_backward.op(grad_tangent, *ctx.saved_tensors, *ctx.args)
+
+
+_roi_pool.when_differentiated(lambda *args: _roi_pool_with_argmax.op(*args)[0])
+_roi_pool_with_argmax.differentiate(_RoIPoolWithArgmax)
+_roi_pool_backward.differentiate(_RoIPoolBackward)
+
+
+def roi_pool(
+    input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
+) -> Tensor:
+    """Max-pools each box, rounded to whole pixels, into a grid of bins (Fast R-CNN), with torchvision's signature and semantics.
+
+    Coordinates round half away from zero; a box covers at least one pixel; an empty bin, as every bin of a box with a
+    non-finite side, gives 0. The first of equal maxima in row-major order gets the gradient; NaN never wins. Differentiable in
+    ``input`` any number of times; deterministic; the same bits for any number of threads.
+
+    Args:
+        input: features, Tensor[N, C, H, W] of any strides; float32, float64, float16 or bfloat16.
+        boxes: Tensor[K, 5] of (index of the image, x1, y1, x2, y2), or a list with one Tensor[L, 4] for each image. Their
+            dtype need not be that of ``input``: bins are computed in float32, in float64 if either is.
+        output_size: bins as (height, width), or one int for both.
+        spatial_scale: what box coordinates are multiplied by to become pixels of ``input``.
+
+    Returns:
+        Tensor[K, C, height, width] in the dtype and memory format (contiguous or channels_last) of ``input``.
+
+    Raises:
+        TypeError: a tensor is not of a floating dtype or not dense, or ``output_size`` is not integer.
+        ValueError: a shape, device, scale or size does not fit, or an image index is out of range.
+    """
+    common.check_tensor("roi_pool", "input", input)
+    boxes = common.rois_from_boxes("roi_pool", boxes, input)
+    height, width = common.pair("roi_pool", output_size)
+    return _roi_pool.op(input, boxes, spatial_scale, height, width)
+
+
+class RoIPool(nn.Module):
+    """See :func:`roi_pool`. The arguments are ``torchvision.ops.RoIPool``'s."""
+
+    def __init__(self, output_size: int | Sequence[int], spatial_scale: float):
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        return roi_pool(input, rois, self.output_size, self.spatial_scale)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}, spatial_scale={self.spatial_scale}"
