@@ -101,15 +101,30 @@ struct Rois {
   }
 };
 
-// The boxes of each of `count` groups, in order: members[first[g] .. first[g + 1]).
-struct Groups {
-  std::vector<int64_t> first, members;
+// The order in which boxes are worked on: group by group (a group is an image of a level), and within a group along the map, so
+// that neighbours find their pixels in the cache. The order of sums in the backward pass, too: it depends on the boxes alone.
+struct BoxOrder {
+  std::vector<int64_t> members;  // of group g: [first[g], first[g + 1])
+  std::vector<int64_t> first;
 
-  Groups(const std::vector<int32_t>& group, int64_t count) : first(count + 1), members(group.size()) {
-    for (int32_t g : group) ++first[g + 1];
-    for (int64_t g = 0; g < count; ++g) first[g + 1] += first[g];
-    std::vector<int64_t> next(first.begin(), first.end() - 1);
-    for (size_t k = 0; k < group.size(); ++k) members[next[group[k]]++] = int64_t(k);
+  // corner(k) -> {first row, first column}
+  template <class Corner>
+  BoxOrder(const std::vector<int32_t>& group, int64_t groups, const Corner& corner) : first(groups + 1) {
+    constexpr int64_t kRows = 16;  // boxes whose first rows fall into the same strip go from left to right
+    struct Key {
+      int64_t strip, column, k;
+    };
+    std::vector<Key> keys;
+    for (size_t k = 0; k < group.size(); ++k) {
+      const auto [row, column] = corner(int64_t(k));
+      keys.push_back({int64_t(group[k]) << 32 | int64_t(uint32_t(row) / kRows), column, int64_t(k)});
+      ++first[group[k] + 1];
+    }
+    std::sort(keys.begin(), keys.end(), [](const Key& a, const Key& b) {
+      return a.strip != b.strip ? a.strip < b.strip : a.column != b.column ? a.column < b.column : a.k < b.k;
+    });
+    for (int64_t g = 0; g < groups; ++g) first[g + 1] += first[g];
+    for (const Key& key : keys) members.push_back(key.k);
   }
 };
 

@@ -43,6 +43,16 @@ RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps
   return table;
 }
 
+template <class A>
+BoxOrder order_boxes(const RoiAlignTaps<A>& table, const std::vector<int32_t>& image, const std::vector<FeatureMap>& maps) {
+  std::vector<int32_t> group(image);
+  for (size_t k = 0; k < group.size(); ++k) group[k] += int32_t(table.level[k] * maps[0].images);
+  return BoxOrder(group, int64_t(maps.size()) * maps[0].images, [&](int64_t k) {
+    const RoiTaps<A>& roi = table.rois[k];
+    return roi.empty() ? std::pair{0, 0} : std::pair{roi.y.first, roi.x.first};
+  });
+}
+
 }  // namespace
 
 void roi_align_fwd_cpu(const std::vector<Tensor>& inputs, const Tensor& rois, const Tensor& output, const std::vector<double>& scales,
@@ -61,7 +71,7 @@ void roi_align_fwd_cpu(const std::vector<Tensor>& inputs, const Tensor& rois, co
       if (const auto& roi = table.rois[k]; !roi.empty())
         touched[table.level[k]].mark(maps[table.level[k]], image[k], roi.y.first, roi.y.last, roi.x.first, roi.x.last);
     prefer_huge_pages(output.data, output.numel() * int64_t(sizeof(T)));
-    PZ_FOR_ISA(template roi_align_fwd<T>)(maps, touched, table, image, pooled);
+    PZ_FOR_ISA(template roi_align_fwd<T>)(maps, touched, table, image, order_boxes(table, image, maps), pooled);
   });
 }
 
@@ -70,14 +80,12 @@ void roi_align_bwd_cpu(const Tensor& grad_output, const Tensor& rois, const std:
   const Pooled grad(grad_output, "grad_output");
   const std::vector<FeatureMap> maps = feature_maps(grad_inputs, "grad_input", grad, scales.size());
   const Rois boxes(rois);
-  std::vector<int32_t> group = boxes.images(maps[0].images);
+  const std::vector<int32_t> image = boxes.images(maps[0].images);
   dispatch_floating(grad.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto table = make_taps<acc_t<T>>(boxes, maps, grad, scales, sampling_ratio, aligned, level_map);
-    for (size_t k = 0; k < group.size(); ++k) group[k] += int32_t(table.level[k] * maps[0].images);
     for (const Tensor& t : grad_inputs) prefer_huge_pages(t.data, t.numel() * int64_t(sizeof(T)));
-    const Groups groups(group, int64_t(maps.size()) * maps[0].images);
-    PZ_FOR_ISA(template roi_align_bwd<T>)(maps, table, groups, grad);
+    PZ_FOR_ISA(template roi_align_bwd<T>)(maps, table, order_boxes(table, image, maps), grad);
   });
 }
 

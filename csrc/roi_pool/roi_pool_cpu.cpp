@@ -11,47 +11,80 @@
 
 namespace pyzoo {
 
+namespace {
+
+struct Span {
+  int32_t begin, end;
+};
+
+struct Bin {
+  Span y, x;
+};
+
+// The bins of one box: every row of bins has the pixel rows y[py], every column the pixel columns x[px].
+struct BoxBins {
+  const Span *y, *x;
+  int bins_y, bins_x;
+  Bin bin(int b) const { return {y[b / bins_x], x[b % bins_x]}; }
+};
+
+// The bins of all boxes, made once and used for all channels, and what follows from them.
+struct BinTable {
+  int bins_y, bins_x;
+  std::vector<Span> spans;  // box after box: bins_y, then bins_x
+  std::vector<TouchedPixels> touched;
+  double work = 0;
+  BoxOrder order;
+
+  BoxBins box(int64_t k) const {
+    const Span* y = spans.data() + k * (bins_y + bins_x);
+    return {y, y + bins_y, bins_y, bins_x};
+  }
+
+  template <class G>
+  BinTable(G, const Rois& rois, const std::vector<int32_t>& image, double scale, const Pooled& pooled, const FeatureMap& map)
+      : bins_y(int(pooled.height)),
+        bins_x(int(pooled.width)),
+        spans(make_spans<G>(rois, scale, pooled, map)),
+        touched{TouchedPixels(map)},
+        order(image, map.images, [this](int64_t k) { return std::pair{box(k).y[0].begin, box(k).x[0].begin}; }) {
+    for (int64_t k = 0; k < rois.count(); ++k) {
+      const BoxBins b = box(k);
+      const int32_t y0 = b.y[0].begin, y1 = b.y[bins_y - 1].end, x0 = b.x[0].begin, x1 = b.x[bins_x - 1].end;
+      if (y0 < y1 && x0 < x1) touched[0].mark(map, image[k], y0, y1 - 1, x0, x1 - 1);
+      work += double(pooled.channels) * double(std::max<int64_t>(int64_t(y1 - y0) * (x1 - x0), pooled.bins()));
+    }
+  }
+
+ private:
+  // G: the type of the geometry, double as soon as the boxes or the features are.
+  template <class G>
+  std::vector<Span> make_spans(const Rois& rois, double scale, const Pooled& pooled, const FeatureMap& map) {
+    std::vector<Span> out;
+    out.reserve(size_t(rois.count() * (bins_y + bins_x)));
+    for (int64_t k = 0; k < rois.count(); ++k) {
+      const RoiPoolAxis<G> y(rois.at<G>(k, 2), rois.at<G>(k, 4), G(scale), bins_y, map.height);
+      const RoiPoolAxis<G> x(rois.at<G>(k, 1), rois.at<G>(k, 3), G(scale), bins_x, map.width);
+      const auto append = [&](const RoiPoolAxis<G>& axis, int bins) {
+        for (int p = 0; p < bins; ++p) {
+          int64_t begin, end;
+          axis.pixels(p, begin, end);
+          out.push_back({int32_t(begin), int32_t(end)});
+        }
+      };
+      append(y, bins_y);
+      append(x, bins_x);
+    }
+    return out;
+  }
+};
+
+}  // namespace
+
 #define PZ_KERNEL "roi_pool/roi_pool_cpu.inc"
 #include "common/foreach_isa.h"
 
 namespace {
-
-template <class G>
-std::pair<RoiPoolAxis<G>, RoiPoolAxis<G>> axes(const Rois& boxes, int64_t k, double scale, const Pooled& pooled, const FeatureMap& map) {
-  return {RoiPoolAxis<G>(boxes.at<G>(k, 2), boxes.at<G>(k, 4), G(scale), int(pooled.height), map.height),
-          RoiPoolAxis<G>(boxes.at<G>(k, 1), boxes.at<G>(k, 3), G(scale), int(pooled.width), map.width)};
-}
-
-// The bins of every box, made when needed, and what they touch.
-template <class G>
-struct Boxes {
-  const Rois& rois;
-  const double scale;
-  const Pooled& pooled;
-  const FeatureMap& map;
-  std::vector<TouchedPixels> touched{TouchedPixels(map)};
-  double work = 0;
-
-  Boxes(const Rois& rois, const std::vector<int32_t>& image, double scale, const Pooled& pooled, const FeatureMap& map)
-      : rois(rois), scale(scale), pooled(pooled), map(map) {
-    for (int64_t k = 0; k < rois.count(); ++k) {
-      const auto [y, x] = axes<G>(rois, k, scale, pooled, map);
-      int64_t y0, y1, x0, x1, unused;
-      y.pixels(0, y0, unused), y.pixels(int(pooled.height) - 1, unused, y1);
-      x.pixels(0, x0, unused), x.pixels(int(pooled.width) - 1, unused, x1);
-      if (x0 < x1) touched[0].mark(map, image[k], y0, y1 - 1, x0, x1 - 1);
-      work += double(pooled.channels) * double(std::max<int64_t>((y1 - y0) * (x1 - x0), pooled.bins()));
-    }
-  }
-  template <class Bin>
-  void operator()(int64_t k, std::vector<Bin>& bins) const {
-    const auto [y, x] = axes<G>(rois, k, scale, pooled, map);
-    bins.resize(size_t(pooled.bins()));
-    Bin* bin = bins.data();
-    for (int py = 0; py < pooled.height; ++py)
-      for (int px = 0; px < pooled.width; ++px, ++bin) y.pixels(py, bin->y0, bin->y1), x.pixels(px, bin->x0, bin->x1);
-  }
-};
 
 // Calls f with zeros of the features' type and of the geometry's: double as soon as the boxes or the features are.
 template <class F>
@@ -86,8 +119,8 @@ void roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
   prefer_huge_pages(output.data, output.numel() * dtype_size(output.dtype));
   if (argmax) prefer_huge_pages(argmax->data, argmax->numel() * dtype_size(argmax->dtype));
   dispatch(input.dtype, rois.dtype, [&](auto zero, auto g) {
-    const Boxes<decltype(g)> bins(boxes, image, spatial_scale, pooled, map);
-    PZ_FOR_ISA(template roi_pool_fwd<decltype(zero)>)(std::vector<FeatureMap>{map}, bins.touched, image, pooled, indices.get(), bins.work, bins);
+    const BinTable table(g, boxes, image, spatial_scale, pooled, map);
+    PZ_FOR_ISA(template roi_pool_fwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, image, pooled, indices.get());
   });
 }
 
@@ -100,11 +133,10 @@ void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tens
   check(std::equal(input.shape, input.shape + 4, grad_input.shape), "grad_input must have the shape of input, got " + grad_input.shape_string());
   check(grad.rois == boxes.count() && grad.channels == map.channels, "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
   const std::vector<int32_t> image = boxes.images(map.images);
-  const Groups groups(image, map.images);
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch(input.dtype, rois.dtype, [&](auto zero, auto g) {
-    const Boxes<decltype(g)> bins(boxes, image, spatial_scale, grad, map);
-    PZ_FOR_ISA(template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, bins.touched, groups, grad, std::vector<FeatureMap>{grad_map}, bins);
+    const BinTable table(g, boxes, image, spatial_scale, grad, map);
+    PZ_FOR_ISA(template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, grad, std::vector<FeatureMap>{grad_map});
   });
 }
 
@@ -116,9 +148,9 @@ void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, cons
   check_dtype(argmax, "argmax", DType::i32);
   check(grad.rois == boxes.count() && grad.channels == map.channels, "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
   check(std::equal(grad_output.shape, grad_output.shape + 4, argmax.shape), "argmax must have the shape of grad_output, got " + argmax.shape_string());
-  const Groups groups(boxes.images(map.images), map.images);
+  const BoxOrder order(boxes.images(map.images), map.images, [](int64_t) { return std::pair{0, 0}; });
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
-  dispatch_floating(grad_input.dtype, [&](auto zero) { PZ_FOR_ISA(template roi_pool_bwd_argmax<decltype(zero)>)(map, groups, grad, index); });
+  dispatch_floating(grad_input.dtype, [&](auto zero) { PZ_FOR_ISA(template roi_pool_bwd_argmax<decltype(zero)>)(map, order, grad, index); });
 }
 
 }  // namespace pyzoo
