@@ -128,10 +128,8 @@ def multiscale_roi_align_reference(
 
 
 def _check(input, boxes, spatial_scale, pooled_height, pooled_width):
-    common.check_features("roi_align", "input", input)
-    common.check_rois("roi_align", boxes, "input", input)
-    common.check_scale("roi_align", spatial_scale)
-    common.check_pooled_size("roi_align", pooled_height, pooled_width)
+    common.check_features_and_boxes("roi_align", "input", input, boxes)
+    common.check_pooling("roi_align", spatial_scale, pooled_height, pooled_width)
 
 
 def _new_output(input, boxes, pooled_height, pooled_width):
@@ -211,12 +209,12 @@ class _RoIAlign(Function):
     def backward(ctx, grad_output):
         (boxes,) = ctx.saved_tensors
         sizes, options = ctx.pooling[:3], ctx.pooling[3:]
-        grad = _roi_align_backward.op(grad_output, boxes, *sizes, *ctx.size, *options, ctx.channels_last)
+        grad = _roi_align_backward(grad_output, boxes, *sizes, *ctx.size, *options, ctx.channels_last)
         return grad, *[None] * (1 + len(ctx.pooling))
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
-        return None if input_tangent is None else _roi_align.op(input_tangent, *ctx.saved_tensors, *ctx.pooling)
+        return None if input_tangent is None else _roi_align(input_tangent, *ctx.saved_tensors, *ctx.pooling)
 
 
 class _RoIAlignBackward(Function):
@@ -232,12 +230,12 @@ class _RoIAlignBackward(Function):
     @staticmethod
     def backward(ctx, grad_grad_input):
         sizes, options = ctx.args[:3], ctx.args[7:9]
-        grad = _roi_align.op(grad_grad_input, *ctx.saved_tensors, *sizes, *options)
+        grad = _roi_align(grad_grad_input, *ctx.saved_tensors, *sizes, *options)
         return grad, *[None] * (1 + len(ctx.args))
 
     @staticmethod
     def jvp(ctx, grad_tangent, *_):
-        return None if grad_tangent is None else _roi_align_backward.op(grad_tangent, *ctx.saved_tensors, *ctx.args)
+        return None if grad_tangent is None else _roi_align_backward(grad_tangent, *ctx.saved_tensors, *ctx.args)
 
 
 _roi_align.differentiate(_RoIAlign)
@@ -312,16 +310,13 @@ def _multiscale_check(inputs, boxes, pooled_height, pooled_width, spatial_scales
         raise ValueError(f"{op}: spatial_scales must be one for each of the {len(inputs)} inputs, got {len(spatial_scales)}")
     first = inputs[0]
     for i, (x, scale) in enumerate(zip(inputs, spatial_scales, strict=True)):
-        common.check_features(op, f"inputs[{i}]", x)
-        common.check_scale(op, scale)
+        common.check_features_and_boxes(op, f"inputs[{i}]", x, boxes)
+        common.check_pooling(op, scale, pooled_height, pooled_width)
         if x.shape[:2] != first.shape[:2] or x.dtype != first.dtype:
             raise ValueError(
                 f"{op}: inputs must agree in N, C and dtype, got {list(first.shape)} {first.dtype} in inputs[0] "
                 f"and {list(x.shape)} {x.dtype} in inputs[{i}]"
             )
-        common.check_same_device(op, f"inputs[{i}]", x, "inputs[0]", first)
-    common.check_rois(op, boxes, "inputs[0]", first)
-    common.check_pooled_size(op, pooled_height, pooled_width)
 
 
 def _level_map(spatial_scales, canonical_scale, canonical_level):
@@ -345,7 +340,7 @@ def _multiscale_cpu(
 
 def _multiscale_vmap(info, in_dims, inputs, boxes, *rest):
     def call(inputs, boxes):
-        return _multiscale_roi_align.op(inputs, boxes, *rest)
+        return _multiscale_roi_align(inputs, boxes, *rest)
 
     return common.vmap_pool(call, info.batch_size, inputs, in_dims[0] or [None] * len(inputs), boxes, in_dims[1])
 
@@ -390,7 +385,7 @@ def _multiscale_backward_vmap(
     info, in_dims, grad_output, boxes, pooled_height, pooled_width, images, channels, *rest
 ):
     def call(grads, boxes, images, channels):
-        return _multiscale_roi_align_backward.op(
+        return _multiscale_roi_align_backward(
             grads[0], boxes, pooled_height, pooled_width, images, channels, *rest
         )
 
@@ -423,7 +418,7 @@ class _MultiScaleRoIAlign(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = _multiscale_roi_align_backward.op(
+        grads = _multiscale_roi_align_backward(
             grad_output, *ctx.saved_tensors, *ctx.pooled, *ctx.sizes, *ctx.options, ctx.channels_last
         )
         return *[None] * 8, *grads
@@ -438,7 +433,7 @@ class _MultiScaleRoIAlign(Function):
         tangents = [
             known.new_zeros(*ctx.sizes[:2], *size) if t is None else t for t, size in zip(tangents, sizes, strict=True)
         ]
-        return _multiscale_roi_align.op(tangents, *ctx.saved_tensors, *ctx.pooled, *ctx.options)
+        return _multiscale_roi_align(tangents, *ctx.saved_tensors, *ctx.pooled, *ctx.options)
 
 
 class _MultiScaleRoIAlignBackward(Function):
@@ -454,12 +449,12 @@ class _MultiScaleRoIAlignBackward(Function):
     @staticmethod
     def backward(ctx, *grad_grad_inputs):
         pooled, options = ctx.args[:2], ctx.args[5:10]
-        grad = _multiscale_roi_align.op(list(grad_grad_inputs), *ctx.saved_tensors, *pooled, *options)
+        grad = _multiscale_roi_align(list(grad_grad_inputs), *ctx.saved_tensors, *pooled, *options)
         return grad, *[None] * (1 + len(ctx.args))
 
     @staticmethod
     def jvp(ctx, grad_tangent, *_):
-        return tuple(_multiscale_roi_align_backward.op(grad_tangent, *ctx.saved_tensors, *ctx.args))
+        return tuple(_multiscale_roi_align_backward(grad_tangent, *ctx.saved_tensors, *ctx.args))
 
 
 _multiscale_roi_align.differentiate(_MultiScaleRoIAlign)

@@ -83,10 +83,8 @@ def roi_pool_reference(
 
 
 def _check(input, boxes, spatial_scale, pooled_height, pooled_width):
-    common.check_features("roi_pool", "input", input)
-    common.check_rois("roi_pool", boxes, "input", input)
-    common.check_scale("roi_pool", spatial_scale)
-    common.check_pooled_size("roi_pool", pooled_height, pooled_width)
+    common.check_features_and_boxes("roi_pool", "input", input, boxes)
+    common.check_pooling("roi_pool", spatial_scale, pooled_height, pooled_width)
 
 
 def _new_output(input, boxes, pooled_height, pooled_width, dtype=None):
@@ -121,117 +119,111 @@ _roi_pool = Operator(
 
 
 def _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width):
-    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
-    return output, _new_output(input, boxes, pooled_height, pooled_width, torch.int32)
+    _check(input, boxes, spatial_scale, pooled_height, pooled_width)
+    return _new_output(input, boxes, pooled_height, pooled_width, torch.int32)
 
 
 def _argmax_cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
-    output, argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    output = _new_output(input, boxes, pooled_height, pooled_width)
     C.roi_pool_fwd_cpu(input, boxes, output, argmax, spatial_scale)
-    return output, argmax
+    return argmax
 
 
 def _argmax_vmap(info, in_dims, input, boxes, *rest):
     def call(inputs, boxes):
-        return _roi_pool_with_argmax.op(inputs[0], boxes, *rest)
+        return _roi_pool_argmax.op(inputs[0], boxes, *rest)
 
     return common.vmap_pool(call, info.batch_size, [input], in_dims[:1], boxes, in_dims[1])
 
 
-_roi_pool_with_argmax = Operator(  # torchvision's schema of roi_pool
-    "_roi_pool_with_argmax(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width)"
-    " -> (Tensor, Tensor)",
+_roi_pool_argmax = Operator(
+    "_roi_pool_argmax(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
     cpu=_argmax_cpu,
     fake=_argmax_fake,
     vmap=_argmax_vmap,
 )
 
 
-def _backward_fake(grad_output, boxes, argmax, scale, pooled_height, pooled_width, batch_size, channels, height, width, *rest):
-    common.check_grad_output("_roi_pool_backward", grad_output, boxes, channels, pooled_height, pooled_width)
-    return common.empty((batch_size, channels, height, width), grad_output, channels_last=rest[-1])
+def _backward_fake(grad_output, boxes, input, spatial_scale):
+    common.check_features_and_boxes("_roi_pool_backward", "input", input, boxes)
+    common.check_grad_output("_roi_pool_backward", grad_output, boxes, input.shape[1], *grad_output.shape[2:])
+    return common.empty(input.shape, input, common.prefers_channels_last(input))
 
 
-def _backward_cpu(grad_output, boxes, argmax, *args):
-    grad_input = _backward_fake(grad_output, boxes, argmax, *args)
-    C.roi_pool_bwd_cpu(grad_output, boxes, argmax, grad_input)
+def _backward_cpu(grad_output, boxes, input, spatial_scale):
+    grad_input = _backward_fake(grad_output, boxes, input, spatial_scale)
+    C.roi_pool_bwd_cpu(grad_output, input, boxes, grad_input, spatial_scale)
     return grad_input
 
 
-def _backward_vmap(info, in_dims, grad_output, boxes, argmax, scale, pooled_height, pooled_width, images, channels, *rest):
-    def call(grads, boxes, images, channels):
-        grad_output, argmax = grads
-        return _roi_pool_backward.op(
-            grad_output, boxes, argmax, scale, pooled_height, pooled_width, images, channels, *rest
-        )
+def _backward_vmap(info, in_dims, grad_output, boxes, input, spatial_scale):
+    def call(tensors, boxes, *_):
+        return _roi_pool_backward.op(tensors[0], boxes, tensors[1], spatial_scale)
 
-    grad_dim, boxes_dim, argmax_dim = in_dims[:3]
+    grad_dim, boxes_dim, input_dim = in_dims[:3]
+    images, channels = (input.shape if input_dim is None else input.movedim(input_dim, 0).shape[1:])[:2]
     return common.vmap_pool_backward(
-        call, info.batch_size, [grad_output, argmax], [grad_dim, argmax_dim], boxes, boxes_dim, images, channels
+        call, info.batch_size, [grad_output, input], [grad_dim, input_dim], boxes, boxes_dim, images, channels
     )
 
 
-_roi_pool_backward = Operator(  # torchvision's schema and the memory format
-    "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor argmax, float spatial_scale, SymInt pooled_height, "
-    "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width, bool channels_last) -> Tensor",
+# Looks for the maxima again: that is faster than to write and read their positions, which would also be K * C * bins integers to
+# keep, while the features are kept by their producer anyway.
+_roi_pool_backward = Operator(
+    "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor input, float spatial_scale) -> Tensor",
     cpu=_backward_cpu,
     fake=_backward_fake,
     vmap=_backward_vmap,
 )
 
 
-def _gather(x: Tensor, boxes: Tensor, argmax: Tensor) -> Tensor:
-    """The derivative of the pooled values along ``x`` [N, C, H, W]: its values where the maxima were."""
+def _values_at_maxima(x: Tensor, input: Tensor, boxes: Tensor, spatial_scale: float, *pooled_size: int) -> Tensor:
+    """The derivative of the pooled ``input`` along ``x`` [N, C, H, W]: the values of ``x`` where the maxima are."""
+    argmax = _roi_pool_argmax.op(input, boxes, spatial_scale, *pooled_size).flatten(2).long()
     image = boxes[:, 0].long()[:, None, None]
     channel = torch.arange(x.shape[1], device=x.device)[:, None]
-    at = argmax.flatten(2).long()
-    values = x.flatten(2)[image, channel, at.clamp(min=0)]
-    return torch.where(at >= 0, values, 0).unflatten(2, argmax.shape[2:])
+    values = x.flatten(2)[image, channel, argmax.clamp(min=0)]
+    return torch.where(argmax >= 0, values, 0).unflatten(2, pooled_size)
 
 
-class _RoIPoolWithArgmax(Function):
+class _RoIPool(Function):
     @staticmethod
     def forward(ctx, input, boxes, *pooling):
-        output, argmax = _roi_pool_with_argmax.below_autograd(input, boxes, *pooling)
-        ctx.mark_non_differentiable(argmax)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(boxes, argmax)
-        ctx.save_for_forward(boxes, argmax)
-        ctx.pooling, ctx.size, ctx.channels_last = pooling, input.shape, common.prefers_channels_last(input)
-        return output, argmax
+        ctx.save_for_backward(input, boxes)
+        ctx.save_for_forward(input, boxes)
+        ctx.pooling = pooling
+        return _roi_pool.below_autograd(input, boxes, *pooling)
 
     @staticmethod
-    def backward(ctx, grad_output, _):
-        if grad_output is None:
-            return (None,) * (2 + len(ctx.pooling))
-        boxes, argmax = ctx.saved_tensors
-        grad = _roi_pool_backward.op(grad_output, boxes, argmax, *ctx.pooling, *ctx.size, ctx.channels_last)
-        return grad, *[None] * (1 + len(ctx.pooling))
+    def backward(ctx, grad_output):
+        input, boxes = ctx.saved_tensors
+        return _roi_pool_backward(grad_output, boxes, input, ctx.pooling[0]), *[None] * (1 + len(ctx.pooling))
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
-        return (None if input_tangent is None else _gather(input_tangent, *ctx.saved_tensors)), None
+        return None if input_tangent is None else _values_at_maxima(input_tangent, *ctx.saved_tensors, *ctx.pooling)
 
 
 class _RoIPoolBackward(Function):
     @staticmethod
-    def forward(ctx, grad_output, boxes, argmax, *args):
-        ctx.save_for_backward(boxes, argmax)
-        ctx.save_for_forward(boxes, argmax)
-        ctx.args = args
-        return _roi_pool_backward.below_autograd(grad_output, boxes, argmax, *args)
+    def forward(ctx, grad_output, boxes, input, spatial_scale):
+        ctx.save_for_backward(input, boxes)
+        ctx.save_for_forward(input, boxes)
+        ctx.pooling = (spatial_scale, *grad_output.shape[2:])
+        return _roi_pool_backward.below_autograd(grad_output, boxes, input, spatial_scale)
 
     @staticmethod
     def backward(ctx, grad_grad_input):
-        return _gather(grad_grad_input, *ctx.saved_tensors), *[None] * (2 + len(ctx.args))
+        return _values_at_maxima(grad_grad_input, *ctx.saved_tensors, *ctx.pooling), None, None, None
 
     @staticmethod
     def jvp(ctx, grad_tangent, *_):
-        return None if grad_tangent is None else _roi_pool_backward.op(grad_tangent, *ctx.saved_tensors, *ctx.args)
+        input, boxes = ctx.saved_tensors
+        return None if grad_tangent is None else _roi_pool_backward(grad_tangent, boxes, input, ctx.pooling[0])
 
 
-_roi_pool.when_differentiated(lambda *args: _roi_pool_with_argmax.op(*args)[0])
-_roi_pool_with_argmax.differentiate(_RoIPoolWithArgmax)
+_roi_pool.differentiate(_RoIPool)
 _roi_pool_backward.differentiate(_RoIPoolBackward)
 
 
