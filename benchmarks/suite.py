@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import pyzoo
+from pyzoo._ext import C
 
 from . import measure
 
@@ -107,23 +108,19 @@ def regressions(results: list[dict], baseline: list[dict], tolerance: float = 1.
 
 
 def machine() -> dict:
-    from pyzoo import _C
-
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "architecture": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
-        "isa": _C.build_info()["isa"],
+        "isa": C.build_info()["isa"],
     }
 
 
 def versions() -> dict:
-    from pyzoo import _C
-
     return {
         "pyzoo": pyzoo.__version__,
-        "compiler": _C.build_info()["compiler"],
+        "compiler": C.build_info()["compiler"],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),

@@ -66,6 +66,8 @@ def bench(args: argparse.Namespace) -> int:
         if error.name and error.name.partition(".")[0] in ("matplotlib", "rich", "torch", "torchvision"):
             raise CommandError(f"'{error.name}' is missing; install it with: pip install 'pyzoo[bench]'") from error
         raise
+    except ImportError as error:  # the compiled core does not load; the message says why
+        raise CommandError(str(error)) from error
 
 
 def suite_root() -> Path:
