@@ -1,0 +1,24 @@
+#include "common/tensor_caster.h"
+#include "nms/nms.h"
+
+namespace pyzoo {
+
+void register_nms(pybind11::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "nms_cpu",
+      [](const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double iou_threshold, const Tensor& keep,
+         bool shift_classes) -> py::object {
+        std::vector<int64_t> counts;
+        {
+          py::gil_scoped_release release;
+          counts = nms_cpu(boxes, scores, idxs ? &*idxs : nullptr, iou_threshold, keep, shift_classes);
+        }
+        if (boxes.ndim == 2) return py::int_(counts[0]);
+        return py::cast(counts);
+      },
+      "boxes"_a, "scores"_a, "idxs"_a.none(true), "iou_threshold"_a, "keep"_a, "shift_classes"_a,
+      "Writes the kept indices to keep (padded with -1); returns their number, or a list of numbers for [B, N, 4] boxes.");
+}
+
+}  // namespace pyzoo

@@ -1,0 +1,373 @@
+#include "nms/nms.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <utility>
+
+#include "common/vec.h"
+
+namespace pyzoo {
+namespace {
+
+template <class T>
+struct Box {
+  T x1, y1, x2, y2;
+};
+
+template <class T>
+T area_of(const Box<T>& b) {
+  return (b.x2 - b.x1) * (b.y2 - b.y1);
+}
+
+// Neither suppresses nor is suppressed at a threshold >= 0: its intersection with any box is 0, or its area is not finite, and the
+// overlap is 0 or NaN.
+template <class T>
+bool is_inert(const Box<T>& b) {
+  const T area = area_of(b);
+  return !(b.x2 > b.x1 && b.y2 > b.y1 && area > 0 && area <= std::numeric_limits<T>::max());
+}
+
+// A few kept boxes, as the vectors of the test want them.
+template <class T>
+struct alignas(64) Chunk {
+  static constexpr int lanes = 32 / sizeof(T);
+  T x1[lanes], y1[lanes], x2[lanes], y2[lanes], area[lanes];
+  int32_t size, next;
+};
+
+constexpr int g_octaves = 3, g_linear = 256;
+constexpr double g_cell = 1;
+constexpr int kMaxBlock = 1024;
+
+inline int exponent(double x) {
+  int64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return int(bits >> 52) - 1023;
+}
+
+// Uninitialised memory.
+template <class T>
+using Array = std::unique_ptr<T[]>;
+template <class T>
+Array<T> allocate(int64_t n) {
+  return Array<T>(new T[n]);
+}
+
+template <class T>
+struct WalkMemory {
+  Array<Chunk<T>> chunks;
+  Array<int32_t> heads;
+  uint32_t head_mask = 0;
+  int64_t chunk_capacity = 0, head_capacity = 0;
+
+  void reserve(int64_t chunk_count, int64_t head_count) {
+    if (chunk_count > chunk_capacity) chunks = allocate<Chunk<T>>(chunk_capacity = chunk_count);
+    if (head_count == 0) return;
+    for (head_mask = 63; head_mask < head_count;) head_mask = 2 * head_mask + 1;
+    if (int64_t(head_mask) + 2 > head_capacity) heads = allocate<int32_t>(head_capacity = int64_t(head_mask) + 2);
+  }
+};
+
+// Sorts boxes by size: so many octaves of width times so many of height are a class.
+struct SizeClasses {
+  static constexpr int kMax = 64;
+  double t, reach;  // the threshold, a little less; see KeptIndex
+  int count, rows, octaves, first_w, first_h;
+  float min_w[kMax], max_w[kMax], min_h[kMax], max_h[kMax];
+  double scale_x[kMax], scale_y[kMax];  // cells per doubled coordinate
+
+  int of(double w, double h) const { return (exponent(w) - first_w) / octaves * rows + (exponent(h) - first_h) / octaves; }
+
+  // For boxes and a threshold in [0, 1). False if the boxes are so large or small that geometry is not safe from overflow and
+  // underflow.
+  template <class T>
+  bool make(const Box<T>* boxes, int64_t n, double threshold) {
+    double least_w = INFINITY, most_w = 0, least_h = INFINITY, most_h = 0, least_area = INFINITY, far = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Box<T>& b = boxes[i];
+      if (is_inert(b)) continue;
+      const double w = double(b.x2) - double(b.x1), h = double(b.y2) - double(b.y1);
+      least_w = std::min(least_w, w), most_w = std::max(most_w, w);
+      least_h = std::min(least_h, h), most_h = std::max(most_h, h);
+      least_area = std::min(least_area, w * h);
+      far = std::max(far, std::max(std::max(double(b.x2), -double(b.x1)), std::max(double(b.y2), -double(b.y1))));
+    }
+    t = threshold * (1 - 1e-5);
+    reach = (1 - t) / (1 + t) * (1 + 1e-5);
+    if (most_w == 0 || least_w < 1e-18 || least_h < 1e-18 || far > 1e18 || (threshold > 0 && least_area * threshold < 1e-36)) return false;
+    first_w = exponent(least_w), first_h = exponent(least_h);
+    octaves = g_octaves;
+    do {
+      rows = (exponent(most_h) - first_h) / octaves + 1;
+      count = ((exponent(most_w) - first_w) / octaves + 1) * rows;
+    } while (count > kMax && ++octaves);
+    for (int i = 0; i < kMax; ++i) min_w[i] = min_h[i] = INFINITY, max_w[i] = max_h[i] = -1;
+    for (int64_t i = 0; i < n; ++i) {
+      const Box<T>& b = boxes[i];
+      if (is_inert(b)) continue;
+      const double w = double(b.x2) - double(b.x1), h = double(b.y2) - double(b.y1);
+      const int c = of(w, h);
+      min_w[c] = std::min(min_w[c], float(w)), max_w[c] = std::max(max_w[c], float(w));
+      min_h[c] = std::min(min_h[c], float(h)), max_h[c] = std::max(max_h[c], float(h));
+    }
+    const double cell = g_cell * 4 * reach;  // so that the window of a box of the same size lies in 2 x 2 cells
+    for (int i = 0; i < count; ++i) scale_x[i] = 1 / (cell * double(max_w[i])), scale_y[i] = 1 / (cell * double(max_h[i]));
+    return true;
+  }
+};
+
+}  // namespace
+
+#define PZ_KERNEL "nms/nms_cpu.inc"
+#include "common/foreach_isa.h"
+
+namespace {
+
+template <class K>
+struct Keyed {
+  K key;
+  uint32_t index;
+  bool operator<(const Keyed& other) const { return key != other.key ? key < other.key : index < other.index; }
+};
+
+// Sorts by key, equal keys by index; the indices must come ascending.
+template <class K>
+void sort_keys(Keyed<K>* items, int64_t n) {
+  if (n < 128) return std::sort(items, items + n);
+  K varying = 0;
+  for (int64_t i = 0; i < n; ++i) varying |= items[i].key ^ items[0].key;
+  const int bits = n < 4096 ? 8 : 11;
+  const uint32_t buckets = 1u << bits;
+  const Array<Keyed<K>> spare = allocate<Keyed<K>>(n);
+  Keyed<K>*from = items, *to = spare.get();
+  uint32_t begin[1 << 11];
+  for (int shift = 0; shift < int(8 * sizeof(K)); shift += bits) {
+    if (!(varying >> shift & (buckets - 1))) continue;
+    std::fill(begin, begin + buckets, 0);
+    for (int64_t i = 0; i < n; ++i) ++begin[from[i].key >> shift & (buckets - 1)];
+    uint32_t sum = 0;
+    for (uint32_t b = 0; b < buckets; ++b) sum += std::exchange(begin[b], sum);
+    for (int64_t i = 0; i < n; ++i) to[begin[from[i].key >> shift & (buckets - 1)]++] = from[i];
+    std::swap(from, to);
+  }
+  if (from != items) std::copy(from, from + n, items);
+}
+
+// Ascending keys for descending scores: NaN first, -0 equal to 0.
+uint32_t descending_key(float score) {
+  score += 0.0f;
+  uint32_t u;
+  std::memcpy(&u, &score, 4);
+  return score != score ? 0 : u >> 31 ? u : ~u & 0x7fffffffu;
+}
+uint64_t descending_key(double score) {
+  score += 0.0;
+  uint64_t u;
+  std::memcpy(&u, &score, 8);
+  return score != score ? 0 : u >> 63 ? u : ~u & 0x7fffffffffffffffu;
+}
+
+template <class T>
+class Nms {
+ public:
+  Nms(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double threshold, const Tensor& keep, bool shift_classes)
+      : boxes_(boxes), scores_(scores), idxs_(idxs), keep_(keep), threshold_(threshold), shift_(idxs && shift_classes), dim_(boxes.ndim - 2) {
+    batch_ = dim_ ? boxes.shape[0] : 1;
+    n_ = boxes.shape[dim_];
+    limit_ = keep.shape[dim_];
+    // The largest T that is not above the threshold: overlap > one exactly when overlap > the other.
+    exact_threshold_ = static_cast<T>(threshold);
+    if (double(exact_threshold_) > threshold) exact_threshold_ = std::nextafter(exact_threshold_, -std::numeric_limits<T>::infinity());
+  }
+
+  std::vector<int64_t> run() {
+    const int64_t total = batch_ * n_;
+    order_ = allocate<uint32_t>(total);
+    sorted_ = allocate<Box<T>>(total);
+    kept_ = allocate<uint8_t>(total);
+    const bool grouped = idxs_ && !shift_;
+    if (grouped) rank_ = allocate<uint32_t>(total);
+
+    std::vector<std::vector<Group>> groups(batch_);
+    parallel_for(batch_, total * 50.0, [&](int64_t b) {
+      if (scores_.dtype == DType::f64) sort_scores<uint64_t, double>(b);
+      else sort_scores<uint32_t, float>(b);
+      if (grouped) groups[b] = group(b);
+      else groups[b] = {{b * n_, (b + 1) * n_}};
+    });
+    constexpr int64_t kPiece = 2048;
+    const int64_t pieces = (n_ + kPiece - 1) / kPiece;
+    parallel_for(batch_ * pieces, total * 20.0, [&](int64_t i) {
+      const int64_t begin = i % pieces * kPiece;
+      gather(i / pieces, begin, std::min(n_, begin + kPiece));
+    });
+    if (shift_) parallel_for(batch_, total * 5.0, [&](int64_t b) { shift(b); });
+    solve(groups);
+
+    std::vector<int64_t> counts(batch_);
+    parallel_for(batch_, total * 2.0, [&](int64_t b) { counts[b] = emit(b); });
+    return counts;
+  }
+
+ private:
+  struct Group {  // of boxes that can suppress each other: a range of sorted_
+    int64_t begin, end;
+  };
+
+  int64_t offset(const Tensor& t, int64_t b) const { return dim_ ? b * t.stride[0] : 0; }
+
+  template <class K, class S>
+  void sort_scores(int64_t b) {
+    const Array<Keyed<K>> items = allocate<Keyed<K>>(n_);
+    dispatch_floating(scores_.dtype, [&](auto tag) {
+      const auto* scores = scores_.ptr<decltype(tag)>() + offset(scores_, b);
+      for (int64_t i = 0; i < n_; ++i) items[i] = {descending_key(S(to_float(scores[i * scores_.stride[dim_]]))), uint32_t(i)};
+    });
+    sort_keys(items.get(), n_);
+    for (int64_t i = 0; i < n_; ++i) order_[b * n_ + i] = items[i].index;
+  }
+
+  // Brings the boxes of one class together, in score order, and returns where each class lies.
+  std::vector<Group> group(int64_t b) {
+    const int64_t* idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b);
+    const Array<Keyed<uint64_t>> items = allocate<Keyed<uint64_t>>(n_);
+    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order_[b * n_ + i] * idxs_->stride[dim_]]), uint32_t(i)};
+    sort_keys(items.get(), n_);
+    std::vector<Group> groups;
+    for (int64_t i = 0; i < n_; ++i) {
+      rank_[b * n_ + i] = items[i].index;
+      if (i == 0 || items[i].key != items[i - 1].key) groups.push_back({b * n_ + i, 0});
+      groups.back().end = b * n_ + i + 1;
+    }
+    return groups;
+  }
+
+  void gather(int64_t b, int64_t begin, int64_t end) {
+    const int64_t row = boxes_.stride[dim_], column = boxes_.stride[dim_ + 1];
+    dispatch_floating(boxes_.dtype, [&](auto tag) {
+      const auto* boxes = boxes_.ptr<decltype(tag)>() + offset(boxes_, b);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t rank = rank_ ? rank_[b * n_ + i] : i;
+        const auto* box = boxes + row * order_[b * n_ + rank];
+        sorted_[b * n_ + i] = {T(to_float(box[0])), T(to_float(box[column])), T(to_float(box[2 * column])), T(to_float(box[3 * column]))};
+      }
+    });
+  }
+
+  // What torchvision does to separate classes, rounding included.
+  void shift(int64_t b) {
+    Box<T>* boxes = sorted_.get() + b * n_;
+    T largest = -std::numeric_limits<T>::infinity();
+    for (int64_t i = 0; i < n_; ++i)
+      for (T x : {boxes[i].x1, boxes[i].y1, boxes[i].x2, boxes[i].y2})
+        if (x > largest || x != x) largest = x;  // NaN stays
+    const int64_t* idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b);
+    for (int64_t i = 0; i < n_; ++i) {
+      const T by = T(idxs[order_[b * n_ + i] * idxs_->stride[dim_]]) * (largest + T(1));
+      boxes[i] = {boxes[i].x1 + by, boxes[i].y1 + by, boxes[i].x2 + by, boxes[i].y2 + by};
+    }
+  }
+
+  // Groups are independent. One that has more than a thread's share of the boxes is solved by all threads, the others side by side.
+  void solve(const std::vector<std::vector<Group>>& groups_of_entries) {
+    const int64_t total = batch_ * n_, threads = max_threads(), span = total / (8 * threads) + 1;
+    std::vector<std::pair<Group, int64_t>> tasks;  // with the number of boxes to keep
+    std::vector<size_t> spans = {0};               // the first task of each
+    WalkMemory<T> memory;
+    int64_t size = 0;
+    for (const std::vector<Group>& groups : groups_of_entries) {
+      for (const Group& g : groups) {
+        const int64_t n = g.end - g.begin, limit = groups.size() == 1 ? limit_ : n;
+        if (n > total / threads) {
+          walk(g, limit, memory);
+          continue;
+        }
+        tasks.emplace_back(g, limit);
+        if ((size += n) >= span) spans.push_back(tasks.size()), size = 0;
+      }
+    }
+    if (spans.back() != tasks.size()) spans.push_back(tasks.size());
+    parallel_for(spans.size() - 1, tasks.empty() ? 0 : total * 200.0, [&](int64_t i) {
+      WalkMemory<T> memory;
+      for (size_t k = spans[i]; k < spans[i + 1]; ++k) walk(tasks[k].first, tasks[k].second, memory);
+    });
+  }
+
+  void walk(const Group& g, int64_t limit, WalkMemory<T>& memory) {
+    const Box<T>* boxes = sorted_.get() + g.begin;
+    uint8_t* kept = kept_.get() + g.begin;
+    const int64_t n = g.end - g.begin;
+    if (threshold_ >= 1 || threshold_ != threshold_) {  // no overlap is above 1
+      std::fill(kept, kept + n, 1);
+    } else if (SizeClasses classes; n > g_linear && threshold_ >= 0 && classes.make(boxes, n, threshold_)) {
+      memory.reserve(n, 2 * n);
+      PZ_FOR_ISA(walk_index<T>)(boxes, n, exact_threshold_, limit, memory, classes, kept);
+    } else {
+      memory.reserve(n / Chunk<T>::lanes + 1, 0);
+      PZ_FOR_ISA(walk_list<T>)(boxes, n, exact_threshold_, limit, memory.chunks.get(), kept);
+    }
+  }
+
+  int64_t emit(int64_t b) {
+    const uint8_t* kept = kept_.get() + b * n_;
+    Array<uint8_t> by_rank;
+    if (rank_) {
+      by_rank = allocate<uint8_t>(n_);
+      for (int64_t i = 0; i < n_; ++i) by_rank[rank_[b * n_ + i]] = kept[i];
+      kept = by_rank.get();
+    }
+    int64_t* out = keep_.ptr<int64_t>() + offset(keep_, b);
+    const int64_t stride = keep_.stride[dim_];
+    int64_t count = 0;
+    for (int64_t i = 0; i < n_ && count < limit_; ++i)
+      if (kept[i]) out[count++ * stride] = order_[b * n_ + i];
+    for (int64_t i = count; i < limit_; ++i) out[i * stride] = -1;
+    return count;
+  }
+
+  const Tensor &boxes_, &scores_;
+  const Tensor* idxs_;
+  const Tensor& keep_;
+  double threshold_;
+  T exact_threshold_;
+  bool shift_;
+  int dim_;  // of the boxes in every tensor: 1 behind a batch dimension, else 0
+  int64_t batch_, n_, limit_;
+  Array<uint32_t> order_;  // box index by rank
+  Array<uint32_t> rank_;   // rank by place in sorted_; null: the same
+  Array<Box<T>> sorted_;   // by class, then rank
+  Array<uint8_t> kept_;    // by place in sorted_
+};
+
+void check_shape(const Tensor& t, const char* name, const Tensor& boxes, const char* form) {
+  bool ok = t.ndim == boxes.ndim - 1;
+  for (int i = 0; ok && i < t.ndim; ++i) ok = t.shape[i] == boxes.shape[i];
+  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " + t.shape_string());
+}
+
+}  // namespace
+
+std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold,
+                             const Tensor& keep, bool shift_classes) {
+  check((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4, "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
+  check_cpu(boxes, "boxes"), check_floating(boxes, "boxes");
+  // Indices of boxes are kept in 32 bits.
+  check(boxes.numel() <= std::numeric_limits<int32_t>::max(), "boxes must have fewer than 2^31 elements, got shape " + boxes.shape_string());
+  const char* form = boxes.ndim == 2 ? "[N]" : "[B, N]";
+  check_shape(scores, "scores", boxes, form);
+  check_cpu(scores, "scores"), check_floating(scores, "scores");
+  if (idxs) {
+    check_shape(*idxs, "idxs", boxes, form);
+    check_cpu(*idxs, "idxs"), check_dtype(*idxs, "idxs", DType::i64);
+  }
+  check(keep.ndim == boxes.ndim - 1 && (keep.ndim == 1 || keep.shape[0] == boxes.shape[0]),
+        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " + boxes.shape_string() + ", got " + keep.shape_string());
+  check_cpu(keep, "keep"), check_dtype(keep, "keep", DType::i64);
+
+  if (boxes.dtype == DType::f64) return Nms<double>(boxes, scores, idxs, iou_threshold, keep, shift_classes).run();
+  return Nms<float>(boxes, scores, idxs, iou_threshold, keep, shift_classes).run();
+}
+
+}  // namespace pyzoo
