@@ -10,11 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of the public function: ``op(*args, **kwargs)``. ``args[i]`` for i in ``OpSpec.differentiable`` takes gradients."""
+    """One call of the public function: ``op(*args, **kwargs)``. ``args[i]`` for i in ``OpSpec.differentiable`` takes gradients.
+
+    ``peer`` says that the peer takes these arguments and its answer is defined.
+    """
 
     id: str
     args: tuple
     kwargs: dict = field(default_factory=dict)
+    peer: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)
