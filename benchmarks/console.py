@@ -19,7 +19,7 @@ from .page import format_ms, format_ratio, render
 
 def bench(args: Namespace) -> int:
     """Runs the verb; returns the exit status: 1 if a case disagreed, failed, or got worse than the baseline."""
-    console = Console() if Console().is_terminal else Console(width=120)
+    console = Console() if Console().is_terminal else Console(width=200)  # into a file: never wrap a row
     if args.render:
         document = json.loads(Path(args.render).read_text())
     else:
@@ -36,14 +36,16 @@ def bench(args: Namespace) -> int:
     results = document["results"]
     console.print(result_table(results))
     console.print(summary_table(results))
-    console.print(machine_line(document), style="dim", highlight=False)
+    console.print(machine_line(document), style="dim", highlight=False, soft_wrap=True)
+    if busy := suite.busy(document):
+        console.print(busy, style="yellow", highlight=False)
     write(document, args, console)
-    problems = [f"{r['op']} {r['id']} {r['status']}: {r['note']}" for r in results if r["status"] != "ok"]
+    problems = suite.problems(results)
     if args.baseline:
         baseline = json.loads(Path(args.baseline).read_text())["results"]
         problems += [f"slower than the baseline: {line}" for line in suite.regressions(results, baseline)]
     for problem in problems:
-        console.print(problem, style="bold red", markup=False, highlight=False)
+        console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     return 1 if problems else 0
 
 
@@ -77,10 +79,12 @@ def write(document: dict, args: Namespace, console: Console) -> None:
 
 
 def case_table(selected: list[tuple]) -> Table:
-    table = Table("op", "case", "group", "direction", "size", "quick", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "case", "direction", "size", "quick"):
+        table.add_column(name, no_wrap=True)
     for spec, case in selected:
         direction = "backward" if case.backward else "forward"
-        table.add_row(spec.name, case.id, case.group, direction, f"{case.size:g}", "yes" if case.quick else "")
+        table.add_row(spec.name, case.id, direction, f"{case.size:g}", "yes" if case.quick else "")
     return table
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .measure import geometric_mean
-from .suite import summary
+from .suite import busy, problems, summary
 
 FORWARD, BACKWARD, LOSS, PEER, FLOOR, INK = "#2563eb", "#0d9488", "#dc2626", "#9ca3af", "#d97706", "#374151"
 
@@ -46,7 +46,7 @@ CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: #1f2937; font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
+main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; margin: 0; letter-spacing: -.02em; }
 h2 { font-size: 19px; margin: 44px 0 12px; }
 p { margin: 6px 0; } .dim { color: #6b7280; }
@@ -62,7 +62,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margi
 dt { color: #6b7280; } dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: #6b7280; font-weight: 600; border-bottom: 1px solid #e5e7eb; }
-th, td { padding: 5px 10px; white-space: nowrap; } tbody tr:hover { background: #f9fafb; }
+th, td { padding: 5px 8px; }
+td.n, th.n { white-space: nowrap; } tbody tr:hover { background: #f9fafb; }
 td.n, th.n { text-align: right; } tr.op td { font-weight: 700; padding-top: 16px; border-bottom: 1px solid #e5e7eb; }
 .win { color: #047857; font-weight: 600; } .loss { color: #dc2626; font-weight: 600; }
 """
@@ -76,7 +77,7 @@ def render(document: dict) -> str:
         sections = [
             _header(document),
             _cards(summary(results)),
-            _problems([result for result in results if result["status"] != "ok"]),
+            _problems(problems(results)),
             "<h2>Speed-up per case</h2>",
             *(_panel(_bars(of_op), f"Speed-up of {op} per case") for op, of_op in _by_op(timed).items()),
         ]
@@ -103,7 +104,7 @@ def format_ms(seconds: float | None) -> str:
     if seconds is None:
         return ""
     ms = seconds * 1e3
-    return f"{ms:.0f}" if ms > 99.9 else f"{ms:#.3g}"
+    return f"{ms:.0f}" if ms > 99.9 else f"{ms:#.3g}" if ms >= 1e-3 else "<0.001"
 
 
 def _by_op(results: list[dict]) -> dict[str, list[dict]]:
@@ -127,7 +128,8 @@ def _header(document: dict) -> str:
         machine["isa"],
     ]
     set_name = "quick set" if settings["quick"] else "full set"
-    return f'<h1>pyzoo benchmark</h1>\n<p class="dim">{escape(" · ".join([*facts, set_name]))}</p>'
+    title = f'<h1>pyzoo benchmark</h1>\n<p class="dim">{escape(" · ".join([*facts, set_name]))}</p>'
+    return title + (f'\n<p class="loss">{escape(busy(document))}</p>' if busy(document) else "")
 
 
 def _cards(rows: list[dict]) -> str:
@@ -150,12 +152,10 @@ def _loss_class(ratio: float) -> str:
     return ' class="loss"' if ratio < 1 else ""
 
 
-def _problems(problems: list[dict]) -> str:
-    if not problems:
+def _problems(lines: list[str]) -> str:
+    if not lines:
         return ""
-    items = "".join(
-        f"<li><b>{escape(r['op'])} {escape(r['id'])}</b> {r['status']}: {escape(r['note'])}</li>" for r in problems
-    )
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f'<h2>Cases without a result</h2>\n<div class="panel problems"><ul>{items}</ul></div>'
 
 
@@ -281,11 +281,11 @@ def _row(result: dict) -> str:
         spread = f"{format_ratio(min(pairs))} to {format_ratio(max(pairs))}"
     fraction = result["ceiling_fraction"]
     cells = [
-        format_ms(result["pyzoo_seconds"]),
-        format_ms(result["peer_seconds"]),
+        escape(format_ms(result["pyzoo_seconds"])),
+        escape(format_ms(result["peer_seconds"])),
         ratio,
         spread,
-        format_ms(result["floor_seconds"]),
+        escape(format_ms(result["floor_seconds"])),
         f"{100 * fraction:.0f}" if fraction else "",
         str(len(result["pyzoo_samples"])),
     ]
@@ -300,6 +300,7 @@ def _machine(document: dict) -> str:
         "commit": document["commit"] or "not run from a checkout",
         "threads": settings["threads"],
         "caches": settings["cache"],
+        "load before the run": document["load_before"],
         "copy bandwidth": f"{ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s (bytes read plus bytes written)",
         "matrix product": f"{ceilings['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s (float32)",
     }

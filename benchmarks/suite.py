@@ -55,6 +55,7 @@ def run(
     on_result: Callable[[measure.Result], None] = lambda result: None,
 ) -> dict:
     """Measures the (spec, case) pairs and returns the document that is written as JSON and rendered as HTML."""
+    load = system_load()
     ceilings = measure.measure_ceilings()
     evict = measure.cache_evictor() if cold else None
     results = []
@@ -70,6 +71,7 @@ def run(
         "commit": commit(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": {"quick": quick, "cache": "cold" if cold else "warm", "threads": torch.get_num_threads()},
+        "load_before": load,
         "ceilings": asdict(ceilings),
         "results": results,
     }
@@ -96,6 +98,15 @@ def summary(results: list[dict]) -> list[dict]:
     return rows
 
 
+def problems(results: list[dict]) -> list[str]:
+    """One sentence for each distinct reason why cases of an op have no result."""
+    reasons: dict[tuple, list[str]] = {}
+    for result in results:
+        if result["status"] != "ok":
+            reasons.setdefault((result["op"], result["status"], result["note"]), []).append(result["id"])
+    return [f"{op} {status}: {note} (in: {'; '.join(ids)})" for (op, status, note), ids in reasons.items()]
+
+
 def regressions(results: list[dict], baseline: list[dict], tolerance: float = 1.25) -> list[str]:
     """What got worse since the baseline: cases whose ratio fell by more than ``tolerance``, one sentence each."""
     before = {(result["op"], result["id"]): result["ratio"] for result in baseline if result["ratio"]}
@@ -115,6 +126,19 @@ def machine() -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "isa": C.build_info()["isa"],
     }
+
+
+def system_load() -> float | None:
+    """How many processes wanted to run in the minute before: they disturb the measurement."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def busy(document: dict) -> str:
+    """A warning when other processes disturbed the measurement, else nothing."""
+    load = document["load_before"]
+    return (
+        f"other processes kept this machine busy (load {load}): do not quote these times" if (load or 0) > 0.5 else ""
+    )
 
 
 def versions() -> dict:

@@ -153,6 +153,14 @@ def test_geometric_means():
     }
 
 
+def test_problems_of_one_reason_are_one_sentence():
+    failed = [result("nms", name, "forward", None, status="failed", note="no kernel") for name in ("small", "large")]
+    assert suite.problems([*RESULTS, *failed]) == [
+        "roi_align disagrees: 1 of 4 values differ (in: wrong)",
+        "nms failed: no kernel (in: small; large)",
+    ]
+
+
 def test_regressions_name_the_case():
     before = [result("nms", "dense <5000>", "forward", 130.0), result("roi_align", "nchw", "forward", 4.4)]
     assert suite.regressions(RESULTS, before) == ["nms dense <5000>: 100.00x, was 130.00x"]
@@ -167,6 +175,7 @@ def document():
         "commit": "0123abc",
         "finished": "2026-01-01T00:00:00+00:00",
         "settings": {"quick": True, "cache": "warm", "threads": 2},
+        "load_before": 0.1,
         "ceilings": vars(CEILINGS),
         "results": RESULTS,
     }
@@ -212,7 +221,7 @@ def test_bench_writes_page_and_samples(two_ops, tmp_path, capsys):
 
 def test_a_disagreement_sets_the_exit_status(two_ops, tmp_path, capsys):
     assert cli.main(["bench", "--quick", "-o", str(tmp_path), "--json", str(tmp_path / "data" / "raw.json")]) == 1
-    assert "wrong one disagrees: 4 of 4 values differ" in capsys.readouterr().out
+    assert "wrong disagrees: 4 of 4 values differ" in capsys.readouterr().out
     raw = tmp_path / "data" / "raw.json"
     assert len(json.loads(raw.read_text())["results"]) == 2
     assert cli.main(["bench", "--render", str(raw), "-o", str(tmp_path / "again")]) == 1
