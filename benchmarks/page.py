@@ -9,6 +9,7 @@ from html import escape
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .measure import geometric_mean
@@ -196,12 +197,9 @@ def _bars(results: list[dict]) -> Figure:
     axes.set_title(f"{results[0]['op']}, times faster than {_peers(results)}")
     keys = [("forward", FORWARD), ("backward", BACKWARD), ("slower than the peer", LOSS)]
     keys = [(name, color) for name, color in keys if color in colors]
-    axes.legend(
-        [matplotlib.patches.Patch(color=color) for _, color in keys],
-        [name for name, _ in keys],
-        loc="lower right",
-        frameon=False,
-    )
+    if len(keys) > 1:
+        patches = [Patch(color=color, label=name) for name, color in keys]
+        axes.legend(handles=patches, loc="lower right", frameon=False)
     return figure
 
 
