@@ -31,10 +31,10 @@ std::vector<FeatureMap> feature_maps(const std::vector<Tensor>& tensors, const c
 
 template <class A>
 RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps, const Pooled& pooled, const std::vector<double>& scales,
-                          int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map) {
+                          int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map, bool adjoint) {
   check(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
   RoiAlignTaps<A> table;
-  const RoiAlignOptions options{scales, int(pooled.height), int(pooled.width), sampling_ratio, aligned, level_map ? &*level_map : nullptr};
+  const RoiAlignOptions options{scales, int(pooled.height), int(pooled.width), sampling_ratio, aligned, level_map ? &*level_map : nullptr, adjoint};
   if (boxes.t.dtype == DType::f64 || maps[0].dtype == DType::f64) {
     table.template build<double>(boxes, maps, options);
   } else {
@@ -65,7 +65,7 @@ void roi_align_fwd_cpu(const std::vector<Tensor>& inputs, const Tensor& rois, co
   if (output.numel() == 0) return;
   dispatch_floating(output.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto table = make_taps<acc_t<T>>(boxes, maps, pooled, scales, sampling_ratio, aligned, level_map);
+    const auto table = make_taps<acc_t<T>>(boxes, maps, pooled, scales, sampling_ratio, aligned, level_map, false);
     std::vector<TouchedPixels> touched(maps.begin(), maps.end());
     for (int64_t k = 0; k < boxes.count(); ++k)
       if (const auto& roi = table.rois[k]; !roi.empty())
@@ -83,7 +83,7 @@ void roi_align_bwd_cpu(const Tensor& grad_output, const Tensor& rois, const std:
   const std::vector<int32_t> image = boxes.images(maps[0].images);
   dispatch_floating(grad.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto table = make_taps<acc_t<T>>(boxes, maps, grad, scales, sampling_ratio, aligned, level_map);
+    const auto table = make_taps<acc_t<T>>(boxes, maps, grad, scales, sampling_ratio, aligned, level_map, true);
     for (const Tensor& t : grad_inputs) prefer_huge_pages(t.data, t.numel() * int64_t(sizeof(T)));
     PZ_FOR_ISA(template roi_align_bwd<T>)(maps, table, order_boxes(table, image, maps), grad);
   });

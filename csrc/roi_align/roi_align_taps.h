@@ -2,6 +2,7 @@
 // is sum_y sum_x wy[y] * wx[x] * map[y][x], and samples that share a pixel merge into one tap.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "common/feature_map.h"
@@ -12,17 +13,18 @@ namespace pyzoo {
 
 template <class A>
 struct Tap {
-  int32_t at;    // row or column of the map
-  int32_t slot;  // which of the box's distinct rows or columns, in order of first use
+  int32_t at;
   A weight;
 };
 
-// One axis of one box: bin p has the taps [begin[p], begin[p + 1]); `first` and `last` bound all of them.
+// One axis of one box as a sparse matrix. Forward, row i is a bin and its taps [begin[i], begin[i + 1]) are at pixels; the adjoint is
+// the transpose: row i is pixel[i] and its taps are at bins. `first` and `last` bound the pixels.
 template <class A>
 struct AxisTaps {
   const Tap<A>* taps;
   const int32_t* begin;
-  int32_t slots, first, last;
+  const int32_t* pixel;
+  int32_t rows, first, last;
 };
 
 template <class A>
@@ -36,6 +38,7 @@ struct RoiAlignOptions {
   int bins_y, bins_x, sampling_ratio;
   bool aligned;
   const LevelMap* level_map;  // null: one level
+  bool adjoint;
 };
 
 template <class A>
@@ -64,22 +67,22 @@ class RoiAlignTaps {
         const RoiAxis<G> x(x1, x2, scale, options.aligned, options.bins_x, options.sampling_ratio);
         const bool finite = y.finite() && x.finite();
         const G samples = std::max(y.grid * x.grid, G(1));
-        rois[k].y = arena.append(y, options.bins_y, finite ? map.height : 0, G(1) / samples);
-        rois[k].x = arena.append(x, options.bins_x, finite ? map.width : 0, G(1));
+        rois[k].y = arena.append(y, options.bins_y, finite ? map.height : 0, G(1) / samples, options.adjoint);
+        rois[k].x = arena.append(x, options.bins_x, finite ? map.width : 0, G(1), options.adjoint);
       }
-      arena.settle(rois.data() + k0, rois.data() + k1, options.bins_y, options.bins_x);
+      arena.settle(rois.data() + k0, rois.data() + k1);
     });
   }
 
  private:
-  struct Arena {  // the taps of a chunk of boxes, one after the other
+  struct Arena {  // the axes of a chunk of boxes, one after the other
     std::vector<Tap<A>> taps;
-    std::vector<int32_t> begins;
+    std::vector<int32_t> begins, pixels;
 
     template <class G>
-    AxisTaps<A> append(const RoiAxis<G>& axis, int bins, int64_t size, G factor) {
-      AxisTaps<A> out{nullptr, nullptr, 0, INT32_MAX, -1};
-      const size_t origin = taps.size();
+    AxisTaps<A> append(const RoiAxis<G>& axis, int bins, int64_t size, G factor, bool adjoint) {
+      const size_t first_tap = taps.size(), first_begin = begins.size();
+      AxisTaps<A> out{nullptr, nullptr, nullptr, bins, INT32_MAX, -1};
       begins.push_back(0);
       for (int p = 0; p < bins; ++p) {
         const size_t bin_begin = taps.size();
@@ -89,11 +92,7 @@ class RoiAlignTaps {
               taps[i - 1].weight += A(weight);
               return;
             }
-          int32_t slot = -1;
-          for (size_t i = taps.size(); i > origin && i + 4 > taps.size() && slot < 0; --i)
-            if (taps[i - 1].at == at) slot = taps[i - 1].slot;
-          if (slot < 0) slot = out.slots++;
-          taps.push_back({at, slot, A(weight)});
+          taps.push_back({at, A(weight)});
           out.first = std::min(out.first, at);
           out.last = std::max(out.last, at);
         };
@@ -107,21 +106,48 @@ class RoiAlignTaps {
           add(low, weight_low * factor);
           add(high, weight_high * factor);
         }
-        begins.push_back(int32_t(taps.size() - origin));
+        begins.push_back(int32_t(taps.size() - first_tap));
       }
+      if (adjoint) transpose(out, first_tap, first_begin);
       return out;
     }
 
+    // Turns the axis that was appended last into its transpose.
+    void transpose(AxisTaps<A>& axis, size_t first_tap, size_t first_begin) {
+      const std::vector<Tap<A>> by_bin(taps.begin() + first_tap, taps.end());
+      const std::vector<int32_t> bin_begin(begins.begin() + first_begin, begins.end());
+      const int32_t range = by_bin.empty() ? 0 : axis.last - axis.first + 1;
+      std::vector<int32_t> count(size_t(range) + 1);
+      for (const Tap<A>& tap : by_bin) ++count[tap.at - axis.first];
+      begins.resize(first_begin);
+      axis.rows = 0;
+      int32_t next = 0;
+      for (int32_t i = 0; i < range; ++i) {
+        if (const int32_t taps_here = std::exchange(count[i], next)) {
+          pixels.push_back(axis.first + i);
+          begins.push_back(next);
+          next += taps_here;
+          ++axis.rows;
+        }
+      }
+      begins.push_back(next);
+      for (int32_t bin = 0; bin < int32_t(bin_begin.size()) - 1; ++bin)
+        for (int32_t t = bin_begin[bin]; t < bin_begin[bin + 1]; ++t)
+          taps[first_tap + count[by_bin[t].at - axis.first]++] = {bin, by_bin[t].weight};
+    }
+
     // The vectors have stopped growing: hand out pointers.
-    void settle(RoiTaps<A>* begin, RoiTaps<A>* end, int bins_y, int bins_x) const {
+    void settle(RoiTaps<A>* begin, RoiTaps<A>* end) const {
       const Tap<A>* tap = taps.data();
-      const int32_t* bin = begins.data();
+      const int32_t *row = begins.data(), *pixel = pixels.data();
       for (RoiTaps<A>* roi = begin; roi < end; ++roi)
-        for (auto [axis, bins] : {std::pair{&roi->y, bins_y}, std::pair{&roi->x, bins_x}}) {
+        for (AxisTaps<A>* axis : {&roi->y, &roi->x}) {
           axis->taps = tap;
-          axis->begin = bin;
-          tap += bin[bins];
-          bin += bins + 1;
+          axis->begin = row;
+          axis->pixel = pixel;
+          tap += row[axis->rows];
+          row += axis->rows + 1;
+          if (!pixels.empty()) pixel += axis->rows;
         }
     }
   };
