@@ -20,7 +20,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
 
   pyzoo::register_roi_align(m);
   pyzoo::register_roi_pool(m);
-  //pyzoo::register_nms(m);  //WAIT
+  pyzoo::register_nms(m);
 
   m.def("set_isa", &pyzoo::set_isa, "name"_a, "Force an instruction set by name; '' returns to the best. For tests.");
   m.def(

@@ -18,11 +18,11 @@ inline int max_threads() {
 #endif
 }
 
-// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of
-// element operations in total. Results must not depend on which thread runs which i.
+// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
+// operations in total. Results must not depend on which thread runs which i.
 template <class F>
 void parallel_for(int64_t n, double work, F&& f) {
-  constexpr double kWorthAThread = 20000;  // about 10 us: what waking the pool costs
+  constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
 #ifdef _OPENMP
   if (n > 1 && work > kWorthAThread && max_threads() > 1) {
 #pragma omp parallel for schedule(dynamic, 1)
