@@ -22,22 +22,22 @@ lib = torch.library.Library("pyzoo", "DEF")
 
 # ---------------------------------------------------------------------------------------------------------- registration
 
+_dispatch_keys = torch._C._dispatch_keys
 _functorch_active = torch._C._are_functorch_transforms_active
 _torch_dispatch_modes = torch._C._len_torch_dispatch_stack
+_PLAIN_CPU = _dispatch_keys(torch.empty(0)).raw_repr()
 
 
 def _runs_directly(first: Tensor, boxes: Tensor) -> bool:
-    """Nothing between the caller and the CPU kernel has a say: plain CPU tensors, no derivative, transform or mode."""
+    """Nothing between the caller and the CPU kernel has a say: plain CPU tensors, no derivative, transform or mode.
+
+    The keys tell a plain tensor from a sparse, negated, batched, functional or wrapped one, and from one on another device.
+    """
     return (
         type(first) is Tensor
-        and type(boxes) is Tensor
-        and first.is_cpu
-        and boxes.is_cpu
+        and _dispatch_keys(first).raw_repr() == _PLAIN_CPU
+        and _dispatch_keys(boxes).raw_repr() == _PLAIN_CPU
         and not ((first.requires_grad or boxes.requires_grad) and torch.is_grad_enabled())
-        and first.layout is torch.strided
-        and boxes.layout is torch.strided
-        and not first.is_neg()
-        and not boxes.is_neg()
         and not _functorch_active()
         and not _torch_dispatch_modes()
         and forward_ad._current_level < 0
@@ -102,7 +102,11 @@ class Operator:
             if t.layout != torch.strided:
                 raise TypeError(f"{self.name}: tensors must be dense (torch.strided), got layout {t.layout}")
         with torch._C._AutoDispatchBelowAutograd():
-            return self.op(first, boxes, *rest)
+            if not _functorch_active():
+                return self.op(first, boxes, *rest)
+            # The forward of a Function runs without gradients, but the levels of torch.func below this one want theirs.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return self.op(first, boxes, *rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks

@@ -64,8 +64,10 @@ def _padded(keep: Tensor, max_output: int | None):
 
 
 def _reference_of_each(reference, args, iou_threshold: float, max_output: int):
-    keep, count = zip(*(reference(*entry, iou_threshold, max_output=max_output) for entry in zip(*args, strict=True)))
-    return torch.stack(keep), torch.stack(count)
+    entries = [reference(*entry, iou_threshold, max_output=max_output) for entry in zip(*args, strict=True)]
+    keep = [keep for keep, _ in entries] or [args[0].new_empty(max_output, dtype=torch.int64)]
+    count = [count for _, count in entries] or [args[0].new_empty((), dtype=torch.int64)]
+    return torch.stack(keep)[: len(entries)], torch.stack(count)[: len(entries)]
 
 
 # ------------------------------------------------------------------------------------------------------------------- nms
@@ -276,7 +278,8 @@ def batched_nms(
     On equal input the kept indices are torchvision's, rounding included: for up to 1000 float32 or float64 boxes torchvision
     moves class i by i * (boxes.max() + 1) and runs one nms, and an overlap of moved boxes can round to the other side of the
     threshold. So this does the same there, and compares classes otherwise. float16 and bfloat16 boxes, which torchvision does
-    not take on the CPU, always have their classes compared.
+    not take on the CPU, always have their classes compared. Equal scores are in the order of their indices; beyond 1000 boxes
+    torchvision's sort is unstable and leaves them in any order.
 
     Args:
         boxes, scores, iou_threshold, max_output: as in :func:`nms`.

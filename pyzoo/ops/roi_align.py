@@ -89,8 +89,8 @@ def roi_align_reference(
         sums = maps.new_zeros(channels, height, len(bin_x)).index_add(1, bin_y, samples)
         sums = maps.new_zeros(channels, height, width).index_add(2, bin_x, sums)
         pooled.append(sums / max(count_y * count_x, 1))
-    out = torch.stack(pooled) if pooled else maps[:0].sum() * maps.new_zeros(0, channels, height, width)
-    return out.to(dtype or input.dtype)
+    out = torch.stack(pooled) if pooled else maps.new_zeros(0, channels, height, width)
+    return (out + maps[:0].sum()).to(dtype or input.dtype)  # the sum is 0, but differentiable where there are no boxes
 
 
 def _first_level(spatial_scales: Sequence[float]) -> int:

@@ -71,11 +71,11 @@ def roi_pool_reference(
                 pooled.append(torch.where(found, pixels.gather(1, first)[:, 0], lowest))
                 argmax.append(torch.where(found, index[first[:, 0]], -1))
     size = (len(boxes), height, width, channels)
-    empty = input[:0].sum() * input.new_zeros(0, channels)
-    out = (torch.stack(pooled) if pooled else empty).reshape(size).permute(0, 3, 1, 2)
+    out = (torch.stack(pooled) if pooled else input.new_zeros(0)).reshape(size).permute(0, 3, 1, 2)
+    out = out + input[:0].sum()  # 0, but differentiable where all bins are empty
     if not return_argmax:
         return out
-    where = torch.stack(argmax) if argmax else torch.zeros(0, channels)
+    where = torch.stack(argmax) if argmax else torch.zeros(0)
     return out, where.reshape(size).permute(0, 3, 1, 2).int()
 
 
@@ -126,7 +126,7 @@ def _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width):
 def _argmax_cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
     argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
     output = _new_output(input, boxes, pooled_height, pooled_width)
-    C.roi_pool_fwd_cpu(input, boxes, output, argmax, spatial_scale)
+    C.roi_pool_fwd_cpu(input.detach(), boxes.detach(), output, argmax, spatial_scale)
     return argmax
 
 

@@ -29,7 +29,8 @@ def samples(dtype, memory_format):
     for id, x, boxes, output_size, scale, has_peer in inputs.pooling_inputs(dtype, memory_format):
         for kwargs in SAMPLINGS:
             name = f"{id}-{kwargs['sampling_ratio']}{'a' if 'aligned' in kwargs else ''}"
-            yield Sample(name, (x, boxes, output_size, scale), kwargs, peer=has_peer)
+            overflows = id == "inverted" and kwargs["sampling_ratio"] == 0  # the peer tries to allocate -n samples
+            yield Sample(name, (x, boxes, output_size, scale), kwargs, peer=has_peer and not overflows)
     # A bin of 2^30 pixels: most of its samples lie outside, and the rest is hardly anything.
     huge = torch.tensor([[0, 0, 2, 1e9, 9], [1, -1e30, 2, 1e30, 9], [0, 3e8, 3e8, 4e8, 4e8]]).to(inputs.boxes_dtype(dtype))
     x = inputs.features(2, 5, 13, 17, dtype=dtype, memory_format=memory_format)
@@ -39,7 +40,7 @@ def samples(dtype, memory_format):
 def errors():
     good = {"input": torch.zeros(1, 3, 8, 8), "boxes": torch.zeros(2, 5), "output_size": 2}
     for id, change, error, match in inputs.POOLING_ERRORS:
-        yield ErrorSample(id, (), {**good, **change}, error=error, match=f"roi_align: .*{match}|^{match}")
+        yield ErrorSample(id, (), {**good, **change}, error=error, match=f"^(roi_align|boxes): .*{match}|^roi_align: {match}")
 
 
 def _taps(pixels: torch.Tensor, sampling_ratio: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ def samples(dtype, memory_format):
 def errors():
     good = {"input": torch.zeros(1, 3, 8, 8), "boxes": torch.zeros(2, 5), "output_size": 2}
     for id, change, error, match in inputs.POOLING_ERRORS:
-        yield ErrorSample(id, (), {**good, **change}, error=error, match=f"roi_pool: .*{match}|^{match}")
+        yield ErrorSample(id, (), {**good, **change}, error=error, match=f"^(roi_pool|boxes): .*{match}|^roi_pool: {match}")
 
 
 def floors(rois, shape, scale, bins, backward):

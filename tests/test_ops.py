@@ -1,0 +1,559 @@
+"""One battery over all specs, dtypes and layouts. A test marked with a capability fills that column of docs/conformance.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+import pyzoo
+from tests.specs import batched_nms, inputs, multiscale_roi_align, nms, roi_align, roi_pool
+from tests.specs.spec import OpSpec, Sample
+
+SPECS = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms)]
+DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
+BOX_OPS = [spec for spec in SPECS if not spec.differentiable]
+PADDED = {"max_output": 9}  # what gives nms a static shape
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    memory_format: torch.memory_format
+
+
+def layouts(spec: OpSpec) -> list[Layout]:
+    names = ("NCHW", "NHWC") if spec.differentiable else ("rows", "strided")
+    return [Layout(names[0], torch.contiguous_format), Layout(names[1], torch.channels_last)]
+
+
+def name(value) -> str:
+    return str(getattr(value, "name", value)).removeprefix("torch.")
+
+
+def each_cell(specs=SPECS, dtypes=None):
+    cells = [(s, dtype, layout) for s in specs for dtype in dtypes or s.dtypes for layout in layouts(s)]
+    return pytest.mark.parametrize(("spec", "dtype", "layout"), cells, ids=["-".join(map(name, cell)) for cell in cells])
+
+
+def capability(name: str):
+    return pytest.mark.capability(name)
+
+
+def samples(spec: OpSpec, dtype, layout, *, only=lambda sample: True) -> list[Sample]:
+    found = [sample for sample in spec.samples(dtype, layout.memory_format) if only(sample)]
+    assert found
+    return found
+
+
+def typical(spec: OpSpec, dtype, layout) -> Sample:
+    """The first sample; for the nms, whose first ones have no boxes, one with some."""
+    if spec.differentiable:
+        return samples(spec, dtype, layout)[0]
+    return next(s for s in samples(spec, dtype, layout) if s.id in ("clustered_100", "100_boxes_7_classes"))
+
+
+def widen(tree):
+    """Half precision to float32: exact, and what the kernels compute in."""
+    half = (torch.float16, torch.bfloat16)
+    return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.dtype in half else x, tree)
+
+
+def expected_of(spec: OpSpec, args, kwargs):
+    args = [widen(arg) if i in spec.differentiable else arg for i, arg in enumerate(args)]
+    return spec.reference(*args, **kwargs)
+
+
+def check(spec: OpSpec, actual, expected, what=""):
+    """Equal, or within the tolerance of the dtype, where the absolute one counts in units of the largest expected value."""
+    actual, expected = tree_flatten(actual)[0], tree_flatten(expected)[0]
+    assert len(actual) == len(expected), what
+    for got, want in zip(actual, expected, strict=True):
+        if spec.exact or not got.is_floating_point():
+            rtol, atol = 0, 0
+        else:
+            rtol, atol = spec.tolerances[got.dtype]
+            finite = want[want.isfinite()].abs()
+            atol *= max(1.0, finite.max().item() if finite.numel() else 0.0)
+        torch.testing.assert_close(
+            got, want.to(got.dtype), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{what}\n{m}"  # noqa: B023
+        )
+
+
+def with_grad(spec: OpSpec, args):
+    """The arguments with leaves in the differentiable places, and the leaves."""
+    leaves = []
+
+    def leaf(x):
+        leaves.append(x.detach().requires_grad_())
+        return leaves[-1]
+
+    return [tree_map(leaf, arg) if i in spec.differentiable else arg for i, arg in enumerate(args)], leaves
+
+
+def random_like(x, seed=7):
+    values = torch.randn(x.shape, generator=inputs.generator(seed), dtype=torch.float64)
+    return torch.empty_like(x).copy_(values)
+
+
+def gradients(op, spec, sample, *, grad_output=None, create_graph=False):
+    args, leaves = with_grad(spec, sample.args)
+    out = op(*args, **sample.kwargs)
+    grad_output = random_like(out.detach()) if grad_output is None else grad_output(out)
+    return out, torch.autograd.grad(out, leaves, grad_output.to(out.dtype), create_graph=create_graph)
+
+
+def finite(sample: Sample) -> bool:
+    tensors = [x for x in tree_flatten(sample.args[0])[0] if isinstance(x, torch.Tensor)]
+    return all(x.isfinite().all() for x in tensors)
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@capability("forward")
+@each_cell()
+def test_forward_matches_reference(spec, dtype, layout, poison):
+    for sample in samples(spec, dtype, layout):
+        check(spec, spec.op(*sample.args, **sample.kwargs), expected_of(spec, sample.args, sample.kwargs), sample.id)
+
+
+@capability("forward")
+@each_cell(dtypes=(torch.float32, torch.float64))
+def test_forward_matches_peer(spec, dtype, layout):
+    pytest.importorskip("torchvision")
+    for sample in samples(spec, dtype, layout, only=lambda sample: sample.peer):
+        check(spec, spec.op(*sample.args, **sample.kwargs), spec.peer(*sample.args, **sample.kwargs), sample.id)
+
+
+@capability("forward")
+@each_cell(DIFFERENTIABLE)
+def test_output_keeps_dtype_and_layout(spec, dtype, layout):
+    sample = typical(spec, dtype, layout)
+    out, grads = gradients(spec.op, spec, sample)
+    leaves = tree_flatten(sample.args[0])[0]
+    for got, like in zip([out, *grads], [leaves[0], *leaves], strict=True):
+        assert got.dtype == like.dtype
+        assert got.is_contiguous(memory_format=layout.memory_format)
+
+
+@capability("backward")
+@each_cell(DIFFERENTIABLE)
+def test_backward_matches_reference(spec, dtype, layout, poison):
+    for sample in samples(spec, dtype, layout, only=finite):
+        _, actual = gradients(spec.op, spec, sample)
+        wide = Sample(sample.id, (widen(sample.args[0]), *sample.args[1:]), sample.kwargs)
+        grad_output = random_like(spec.op(*sample.args, **sample.kwargs))
+        _, expected = gradients(spec.reference, spec, wide, grad_output=lambda out, g=grad_output: g.to(out.dtype))
+        check(spec, actual, expected, sample.id)
+
+
+@capability("backward")
+@each_cell(DIFFERENTIABLE)
+def test_backward_takes_gradients_of_any_strides(spec, dtype, layout):
+    sample = typical(spec, dtype, layout)
+    for make in (
+        lambda out: torch.ones((), dtype=out.dtype).expand_as(out),
+        lambda out: random_like(out.mT).mT,
+        lambda out: random_like(out.repeat(2, 1, 1, 1))[::2],
+        lambda out: random_like(out[:, :1]).expand_as(out),
+    ):
+        _, actual = gradients(spec.op, spec, sample, grad_output=make)
+        _, expected = gradients(spec.op, spec, sample, grad_output=lambda out, make=make: make(out).contiguous())
+        check(spec, actual, expected)
+
+
+@capability("double backward")
+@each_cell(DIFFERENTIABLE)
+def test_double_backward_matches_reference(spec, dtype, layout):
+    sample = typical(spec, dtype, layout)
+    wide = Sample(sample.id, (widen(sample.args[0]), *sample.args[1:]), sample.kwargs)
+
+    def double_backward(op, sample):
+        args, leaves = with_grad(spec, sample.args)
+        out = op(*args, **sample.kwargs)
+        grad_output = torch.zeros_like(out).requires_grad_()
+        grads = torch.autograd.grad(out, leaves, grad_output, create_graph=True)
+        return torch.autograd.grad(grads, grad_output, [random_like(g, seed=i).to(dtype).to(g.dtype) for i, g in enumerate(grads)])
+
+    check(spec, double_backward(spec.op, sample), double_backward(spec.reference, wide))
+
+
+@pytest.mark.parametrize("isa", pytest.importorskip("pyzoo._C").build_info()["isas"])
+@each_cell(dtypes=(torch.float32, torch.bfloat16))
+def test_each_instruction_set(spec, dtype, layout, isa, set_isa):
+    set_isa(isa)
+    for sample in samples(spec, dtype, layout)[:40]:
+        check(spec, spec.op(*sample.args, **sample.kwargs), expected_of(spec, sample.args, sample.kwargs), sample.id)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_threads_give_the_same_bits(spec, set_threads):
+    """On an input large enough that the work is shared out."""
+    case = min((c for c in spec.bench() if c.backward == bool(spec.differentiable) and c.floor_bytes > 1e5), key=lambda c: c.floor_flops)
+    args, kwargs = case.make()
+    results = []
+    for threads in (1, 2, 4):
+        set_threads(threads)
+        sample = Sample(case.id, args, kwargs)
+        results.append(gradients(spec.op, spec, sample) if spec.differentiable else spec.op(*args, **kwargs))
+    for result in results[1:]:
+        for got, want in zip(tree_flatten(result)[0], tree_flatten(results[0])[0], strict=True):
+            assert torch.equal(got, want)
+
+
+# ---------------------------------------------------------------------------------------------------------- degenerate
+
+
+@capability("empty")
+@each_cell()
+def test_empty(spec, dtype, layout, poison):
+    chosen = samples(spec, dtype, layout, only=lambda s: s.id.startswith(("no_", "clustered_0", "0_boxes", "batch_of_none")))
+    for sample in chosen:
+        if not spec.differentiable:
+            check(spec, spec.op(*sample.args, **sample.kwargs), spec.reference(*sample.args, **sample.kwargs), sample.id)
+            continue
+        out, grads = gradients(spec.op, spec, sample)
+        assert out.isfinite().all()
+        assert all(g.isfinite().all() for g in grads)
+        boxes = sample.args[1]
+        if sum(len(b) for b in boxes) == 0 if isinstance(boxes, list) else len(boxes) == 0:
+            assert not any(g.any() for g in grads)
+
+
+@capability("NaN")
+@each_cell()
+def test_not_finite(spec, dtype, layout, poison):
+    """Boxes with a coordinate that is not finite pool to zero and get no gradient; nms treats them as torchvision does."""
+    words = ("not_finite", "nan", "inf", "huge")
+    for sample in samples(spec, dtype, layout, only=lambda s: any(word in s.id for word in words)):
+        out = spec.op(*sample.args, **sample.kwargs)
+        check(spec, out, expected_of(spec, sample.args, sample.kwargs), sample.id)
+        if "not_finite" in sample.id and spec.differentiable:
+            boxes = torch.cat(sample.args[1]) if isinstance(sample.args[1], list) else sample.args[1]
+            bad = ~boxes.isfinite().all(1)
+            assert bad.any()
+            assert not out[bad].any()
+            args, leaves = with_grad(spec, sample.args)
+            spec.op(*args, **sample.kwargs)[bad].sum().backward()
+            assert not any(leaf.grad.any() for leaf in leaves)
+
+
+@capability("> 2^31 elements")
+@each_cell()
+def test_more_than_int32_elements(spec, dtype, layout, tmp_path):
+    """Offsets beyond 2^31, in a sparse file, so that neither memory nor disk is used for what is not touched."""
+
+    def sparse(count):
+        return torch.from_file(str(tmp_path / "sparse"), shared=True, size=count, dtype=dtype)
+
+    if not spec.differentiable:
+        sample = typical(spec, dtype, layout)
+        count, stride = len(sample.args[0]), 2**31 // 50
+        boxes = sparse(count * stride).as_strided((count, 4), (stride, 1))
+        boxes.copy_(sample.args[0])
+        check(spec, spec.op(boxes, *sample.args[1:]), spec.op(*sample.args))
+        return
+    shape, far = (3, 16, 7168, 7168), (slice(2, 3), slice(None), slice(7100, None), slice(7100, None))
+    map = sparse(3 * 16 * 7168 * 7168)
+    map = map.view(shape) if layout.name == "NCHW" else map.view(3, 7168, 7168, 16).permute(0, 3, 1, 2)
+    map[far] = inputs.features(1, 16, 68, 68, dtype=dtype)
+    boxes = torch.tensor([[2, 7110, 7105, 7160, 7150], [2, 7140, 7130, 7168, 7168.0]]).to(inputs.boxes_dtype(dtype))
+    near = boxes - torch.tensor([2, 7100, 7100, 7100, 7100]).to(boxes)
+    if spec is multiscale_roi_align.SPEC:
+        actual = spec.op([map, map], boxes, 3, [1.0, 1.0], 2)
+        expected = spec.op([map[far], map[far]], near, 3, [1.0, 1.0], 2)
+    else:
+        actual, expected = spec.op(map, boxes, 3), spec.op(map[far], near, 3)
+    rtol, atol = (2e-2, 2e-2) if dtype != torch.float64 else (1e-9, 1e-9)  # coordinates of 7000 have fewer bits behind the point
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+ERRORS = [(spec, error) for spec in SPECS for error in spec.errors()]
+
+
+@pytest.mark.parametrize(("spec", "error"), ERRORS, ids=[f"{spec.name}-{error.id}" for spec, error in ERRORS])
+def test_errors(spec, error):
+    with pytest.raises(error.error, match=error.match):
+        spec.op(*error.args, **error.kwargs)
+
+
+@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=name)
+def test_lazily_negated_view(spec):
+    sample = typical(spec, torch.float32, layouts(spec)[0])
+    negated = tree_map(lambda x: torch._neg_view(x), sample.args[0])
+    plain = tree_map(lambda x: -x, sample.args[0])
+    check(spec, spec.op(negated, *sample.args[1:], **sample.kwargs), spec.op(plain, *sample.args[1:], **sample.kwargs))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name)
+def test_meta_tensors(spec):
+    sample = typical(spec, torch.float32, layouts(spec)[0])
+    kwargs = sample.kwargs if spec.differentiable else PADDED
+    meta = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, sample.args)
+    want = spec.op(*sample.args, **kwargs)
+    for got, like in zip(tree_flatten(spec.op(*meta, **kwargs))[0], tree_flatten(want)[0], strict=True):
+        assert got.device.type == "meta"
+        assert (got.shape, got.dtype, got.stride()) == (like.shape, like.dtype, like.stride())
+
+
+# ---------------------------------------------------------------------------------------------------------- transforms
+
+
+def small(spec: OpSpec, dtype=torch.float64, layout=None) -> tuple:
+    """(a function of the features alone, features): few enough numbers for whole Jacobians. No two features are equal."""
+    memory_format = layout.memory_format if layout else torch.contiguous_format
+    values = torch.randperm(2 * 2 * 5 * 4, generator=inputs.generator()).reshape(2, 2, 5, 4) / 10 - 4
+    x = values.to(dtype).contiguous(memory_format=memory_format)
+    boxes = torch.tensor([[0, 0.2, 0.3, 3.1, 4.2], [1, 1, 0, 2.5, 2], [0, -1, 2, 6, 3.0]]).to(inputs.boxes_dtype(dtype))
+    if spec is roi_align.SPEC:
+        return lambda x: spec.op(x, boxes, 2, 0.9, 2), x
+    if spec is roi_pool.SPEC:
+        return lambda x: spec.op(x, boxes, 2, 0.9), x
+    return lambda x: spec.op([x, 2 * x[:, :, 1:4, 1:3]], boxes, 2, [1.0, 0.5], 2, canonical_scale=32), x
+
+
+@capability("backward")
+@each_cell(DIFFERENTIABLE, (torch.float64,))
+def test_gradcheck(spec, dtype, layout):
+    f, x = small(spec, dtype, layout)
+    # Batched by the old vmap, which has no rules, and no fallback for an operator that returns a list.
+    batched = spec is not multiscale_roi_align.SPEC
+    assert torch.autograd.gradcheck(f, x.requires_grad_(), check_forward_ad=True, check_batched_grad=batched)
+
+
+@capability("double backward")
+@each_cell(DIFFERENTIABLE, (torch.float64,))
+def test_gradgradcheck(spec, dtype, layout):
+    f, x = small(spec, dtype, layout)
+    assert torch.autograd.gradgradcheck(f, x.requires_grad_(), check_fwd_over_rev=True)
+
+
+def stacked(tree, dim=0):
+    """Two variants of each tensor along a new dimension, and the variants: themselves, and with one dimension reversed."""
+    tensors, spec = tree_flatten(tree)
+    others = [x.flip(0) if x.dim() < 4 else x.flip(3) for x in tensors]
+    both = [torch.stack(pair, dim) for pair in zip(tensors, others, strict=True)]
+    return tree_unflatten(both, spec), [tree, tree_unflatten(others, spec)]
+
+
+@capability("vmap")
+@each_cell()
+def test_vmap(spec, dtype, layout):
+    sample = typical(spec, dtype, layout)
+    count = 2 if spec.differentiable else 3 if spec is batched_nms.SPEC else 2  # tensor arguments
+    tensors, rest = list(sample.args[:count]), sample.args[count:]
+    if spec is multiscale_roi_align.SPEC:
+        tensors[1] = roi_list_to_tensor(tensors[1])
+    kwargs = sample.kwargs if spec.differentiable else PADDED
+
+    def call(*tensors):
+        return spec.op(*tensors, *rest, **kwargs)
+
+    for which in product((False, True), repeat=count):
+        if not any(which):
+            continue
+        dims = [1 if batched and i == 0 and spec.differentiable else 0 for i, batched in enumerate(which)]
+        pairs = [stacked(t, d) if batched else (t, [t, t]) for t, batched, d in zip(tensors, which, dims, strict=True)]
+        in_dims = tuple(d if batched else None for d, batched in zip(dims, which, strict=True))
+        actual = torch.vmap(call, in_dims)(*[pair[0] for pair in pairs])
+        separate = [call(*[pair[1][i] for pair in pairs]) for i in range(2)]
+        expected = tree_map(lambda *both: torch.stack(both), *separate)
+        check(spec, actual, expected, f"batched: {which}")
+    twice = tree_map(lambda x: torch.stack([x, x]), stacked(tensors[0])[0])
+    nested = torch.vmap(torch.vmap(call, (0, *[None] * (count - 1))), (0, *[None] * (count - 1)))(twice, *tensors[1:])
+    once = torch.vmap(call, (0, *[None] * (count - 1)))(stacked(tensors[0])[0], *tensors[1:])
+    check(spec, nested, tree_map(lambda x: torch.stack([x, x]), once), "nested")
+
+
+def roi_list_to_tensor(boxes):
+    return torch.cat([torch.nn.functional.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
+
+
+@pytest.mark.parametrize("spec", BOX_OPS, ids=name)
+def test_vmap_needs_static_shapes(spec):
+    sample = typical(spec, torch.float32, layouts(spec)[0])
+    with pytest.raises(RuntimeError, match="under vmap give max_output=k"):
+        torch.vmap(lambda boxes: spec.op(boxes, *sample.args[1:]))(torch.stack([sample.args[0]] * 2))
+
+
+def test_vmap_does_not_reach_into_other_images():
+    x, boxes = torch.rand(2, 1, 3, 8, 8), torch.tensor([[[0.0, 0, 0, 4, 4]], [[1.0, 0, 0, 4, 4]]])
+    for boxes in (boxes, boxes.flip(0), boxes - torch.tensor([1.0, 0, 0, 0, 0])):
+        with pytest.raises(ValueError, match="batch index must be in"):
+            torch.vmap(lambda x, b: pyzoo.ops.roi_align(x, b, 2))(x, boxes)
+
+
+@capability("func")
+@each_cell(DIFFERENTIABLE)
+def test_func(spec, dtype, layout):
+    f, x = small(spec, dtype, layout)
+
+    def loss(x):
+        return (f(x) ** 2).sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    check(spec, torch.func.grad(loss)(x), expected)
+    batch = torch.stack([x, -x, 2 * x])
+    check(spec, torch.func.vmap(torch.func.grad(loss))(batch), torch.stack([torch.func.grad(loss)(b) for b in batch]))
+    check(spec, torch.func.grad(lambda b: torch.func.vmap(loss)(b).sum())(batch), torch.func.vmap(torch.func.grad(loss))(batch))
+    check(spec, torch.func.jacrev(f)(x), torch.func.jacfwd(f)(x))
+    check(spec, torch.func.jvp(f, (x,), (x,))[1], f(x))  # pooling is homogeneous of degree one
+    check(spec, torch.func.functionalize(f)(x), f(x))
+
+
+@capability("func")
+@each_cell(DIFFERENTIABLE, (torch.float64,))
+def test_func_second_derivatives(spec, dtype, layout):
+    f, x = small(spec, dtype, layout)
+
+    def loss(x):
+        return (f(x) ** 3).sum()
+
+    hessian = torch.func.hessian(loss)(x)
+    check(spec, torch.func.jacrev(torch.func.jacrev(loss))(x), hessian)
+    check(spec, hessian, torch.autograd.functional.hessian(loss, x))
+
+
+@capability("func")
+@each_cell(BOX_OPS)
+def test_func_without_gradient(spec, dtype, layout):
+    """Suppression inside of a function that is differentiated."""
+    sample = typical(spec, dtype, layout)
+
+    def loss(boxes):
+        return boxes[spec.op(boxes, *sample.args[1:])].square().sum()
+
+    leaf = sample.args[0].clone().requires_grad_()
+    check(spec, torch.func.grad(loss)(sample.args[0]), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+@capability("autocast")
+@each_cell()
+def test_autocast(spec, dtype, layout):
+    """Changes nothing, forward and backward."""
+    sample = typical(spec, dtype, layout)
+    plain = gradients(spec.op, spec, sample) if spec.differentiable else spec.op(*sample.args)
+    for low in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=low):
+            cast = gradients(spec.op, spec, sample) if spec.differentiable else spec.op(*sample.args)
+        for got, want in zip(tree_flatten(cast)[0], tree_flatten(plain)[0], strict=True):
+            assert torch.equal(got, want)
+            assert got.dtype == want.dtype
+
+
+@capability("deterministic")
+@each_cell()
+def test_deterministic(spec, dtype, layout, poison):
+    sample = typical(spec, dtype, layout)
+    runs = [gradients(spec.op, spec, sample) if spec.differentiable else spec.op(*sample.args) for _ in range(3)]
+    for run in runs[1:]:
+        for got, want in zip(tree_flatten(run)[0], tree_flatten(runs[0])[0], strict=True):
+            assert torch.equal(got, want)
+
+
+# ------------------------------------------------------------------------------------------------------------ compilers
+
+
+@capability("compile")
+@each_cell()
+def test_compile(spec, dtype, layout):
+    torch._dynamo.reset()
+    sample = typical(spec, dtype, layout)
+    backend = "inductor" if dtype == torch.float32 else "aot_eager"
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(spec.op, fullgraph=True, backend=backend)
+        if spec.differentiable:
+            check(spec, gradients(compiled, spec, sample), gradients(spec.op, spec, sample))
+            with torch.no_grad():
+                check(spec, compiled(*sample.args, **sample.kwargs), spec.op(*sample.args, **sample.kwargs))
+        else:
+            check(spec, compiled(*sample.args), spec.op(*sample.args))
+            check(spec, compiled(*sample.args, **PADDED), spec.op(*sample.args, **PADDED))
+
+
+@capability("compile")
+@each_cell(DIFFERENTIABLE, (torch.float64,))
+def test_compile_of_transforms(spec, dtype, layout):
+    torch._dynamo.reset()
+    f, x = small(spec, dtype, layout)
+
+    def per_example_grad(batch):
+        return torch.func.vmap(torch.func.grad(lambda x: (f(x) ** 2).sum()))(batch)
+
+    batch = torch.stack([x, -x])
+    check(spec, torch.compile(per_example_grad, fullgraph=True, backend="aot_eager")(batch), per_example_grad(batch))
+
+
+class Call(torch.nn.Module):
+    def __init__(self, op, rest, kwargs):
+        super().__init__()
+        self.op, self.rest, self.kwargs = op, rest, kwargs
+
+    def forward(self, *tensors):
+        return self.op(*tensors, *self.rest, **self.kwargs)
+
+
+@capability("export")
+@each_cell()
+def test_export_with_dynamic_shapes(spec, dtype, layout):
+    sample = typical(spec, dtype, layout)
+    count = 3 if spec is batched_nms.SPEC else 2
+    tensors, rest = list(sample.args[:count]), sample.args[count:]
+    if spec is multiscale_roi_align.SPEC:
+        tensors[1] = roi_list_to_tensor(tensors[1])
+    if spec.differentiable:
+        # The number of boxes, and height and width of the maps.
+        dynamic = (tree_map(lambda x: {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}, tensors[0]), {0: torch.export.Dim.DYNAMIC})
+        other = (tree_map(lambda x: x[:, :, 1:, : x.shape[3] - 1], tensors[0]), tensors[1][:5])
+        other = (tree_map(lambda x: x.contiguous(memory_format=layout.memory_format), other[0]), other[1])
+    else:
+        dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors)
+        other = tuple(x[:40] for x in tensors)
+    for kwargs in [sample.kwargs] if spec.differentiable else [{}, PADDED]:
+        call = Call(spec.op, rest, kwargs)
+        program = torch.export.export(call, tuple(tensors), dynamic_shapes={"tensors": dynamic})
+        for args in (tensors, other):
+            check(spec, program.module()(*args), call(*args))
+
+
+class RecordOps(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "pyzoo":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@capability("opcheck")
+@each_cell()
+def test_opcheck(spec, dtype, layout):
+    """Of every operator that a call and its first and second derivative run."""
+    sample = typical(spec, dtype, layout)
+    with RecordOps() as record:
+        if spec.differentiable:
+            args, leaves = with_grad(spec, sample.args)
+            out = spec.op(*args, **sample.kwargs)
+            grad_output = random_like(out.detach()).requires_grad_()
+            grads = torch.autograd.grad(out, leaves, grad_output, create_graph=True)
+            torch.autograd.grad(grads, grad_output, [random_like(g.detach()) for g in grads])
+        else:
+            spec.op(*sample.args)
+            spec.op(*sample.args, **PADDED)
+    seen = {}
+    for op, args, kwargs in record.calls:
+        seen.setdefault(op, (args, kwargs))
+    assert len(seen) >= 2
+    for op, (args, kwargs) in seen.items():
+        fresh = tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, args)
+        torch.library.opcheck(op, fresh, kwargs)
+        if spec.differentiable:
+            first = tree_map(lambda x: x.requires_grad_(), fresh[0])
+            torch.library.opcheck(op, (first, *fresh[1:]), kwargs)
