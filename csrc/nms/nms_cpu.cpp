@@ -21,8 +21,8 @@ T area_of(const Box<T>& b) {
   return (b.x2 - b.x1) * (b.y2 - b.y1);
 }
 
-// Neither suppresses nor is suppressed at a threshold >= 0: its intersection with any box is 0, or its area is not finite, and the
-// overlap is 0 or NaN.
+// Neither suppresses nor is suppressed at a threshold >= 0: its intersection with any box is 0, or its area is not finite, and
+// the overlap is 0 or NaN.
 template <class T>
 bool is_inert(const Box<T>& b) {
   const T area = area_of(b);
@@ -37,14 +37,11 @@ struct alignas(64) Chunk {
   int32_t size, next;
 };
 
-constexpr int g_octaves = 3, g_linear = 256;
-constexpr double g_cell = 1;
-constexpr int kMaxBlock = 1024;
-
-inline int exponent(double x) {
-  int64_t bits;
-  std::memcpy(&bits, &x, 8);
-  return int(bits >> 52) - 1023;
+// The largest T that is not above x: overlap > one exactly when overlap > the other.
+template <class T>
+T round_down(double x) {
+  const T y = static_cast<T>(x);
+  return double(y) > x ? std::nextafter(y, -std::numeric_limits<T>::infinity()) : y;
 }
 
 // Uninitialised memory.
@@ -55,65 +52,94 @@ Array<T> allocate(int64_t n) {
   return Array<T>(new T[n]);
 }
 
+// What the walk over n boxes needs; used again for the next group of boxes.
 template <class T>
 struct WalkMemory {
-  Array<Chunk<T>> chunks;
+  Array<Chunk<T>> list, chunks;
   Array<int32_t> heads;
   uint32_t head_mask = 0;
-  int64_t chunk_capacity = 0, head_capacity = 0;
+  int64_t list_capacity = 0, capacity = 0;
 
-  void reserve(int64_t chunk_count, int64_t head_count) {
-    if (chunk_count > chunk_capacity) chunks = allocate<Chunk<T>>(chunk_capacity = chunk_count);
-    if (head_count == 0) return;
-    for (head_mask = 63; head_mask < head_count;) head_mask = 2 * head_mask + 1;
-    if (int64_t(head_mask) + 2 > head_capacity) heads = allocate<int32_t>(head_capacity = int64_t(head_mask) + 2);
+  void reserve_list(int64_t n) {
+    if (n <= list_capacity) return;
+    list = allocate<Chunk<T>>(n / Chunk<T>::lanes + 1);
+    list_capacity = n;
   }
+  void reserve_index(int64_t n) {
+    for (head_mask = 63; head_mask < 2 * n;) head_mask = 2 * head_mask + 1;
+    if (n <= capacity) return;
+    chunks = allocate<Chunk<T>>(n);
+    heads = allocate<int32_t>(int64_t(head_mask) + 2);
+    capacity = n;
+  }
+};
+
+struct Geometry {
+  float w, h, cx, cy;  // cx, cy: the doubled centre
+
+  template <class T>
+  explicit Geometry(const Box<T>& b)
+      : w(float(double(b.x2) - double(b.x1))),
+        h(float(double(b.y2) - double(b.y1))),
+        cx(float(double(b.x1) + double(b.x2))),
+        cy(float(double(b.y1) + double(b.y2))) {}
 };
 
 // Sorts boxes by size: so many octaves of width times so many of height are a class.
 struct SizeClasses {
   static constexpr int kMax = 64;
-  double t, reach;  // the threshold, a little less; see KeptIndex
+  float t, reach;  // the threshold, a little less; see KeptIndex
   int count, rows, octaves, first_w, first_h;
   float min_w[kMax], max_w[kMax], min_h[kMax], max_h[kMax];
-  double scale_x[kMax], scale_y[kMax];  // cells per doubled coordinate
+  float scale_x[kMax], scale_y[kMax];  // cells per doubled coordinate
+  uint32_t salt[kMax];                 // where its grid begins in the hash
 
-  int of(double w, double h) const { return (exponent(w) - first_w) / octaves * rows + (exponent(h) - first_h) / octaves; }
+  static int exponent(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits >> 23;
+  }
+  int of(const Geometry& g) const { return (exponent(g.w) - first_w) / octaves * rows + (exponent(g.h) - first_h) / octaves; }
 
   // For boxes and a threshold in [0, 1). False if the boxes are so large or small that geometry is not safe from overflow and
   // underflow.
   template <class T>
   bool make(const Box<T>* boxes, int64_t n, double threshold) {
-    double least_w = INFINITY, most_w = 0, least_h = INFINITY, most_h = 0, least_area = INFINITY, far = 0;
+    float least_w = INFINITY, most_w = 0, least_h = INFINITY, most_h = 0, least_area = INFINITY, far = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const Box<T>& b = boxes[i];
-      if (is_inert(b)) continue;
-      const double w = double(b.x2) - double(b.x1), h = double(b.y2) - double(b.y1);
-      least_w = std::min(least_w, w), most_w = std::max(most_w, w);
-      least_h = std::min(least_h, h), most_h = std::max(most_h, h);
-      least_area = std::min(least_area, w * h);
-      far = std::max(far, std::max(std::max(double(b.x2), -double(b.x1)), std::max(double(b.y2), -double(b.y1))));
+      if (is_inert(boxes[i])) continue;
+      const Geometry g(boxes[i]);
+      least_w = std::min(least_w, g.w), most_w = std::max(most_w, g.w);
+      least_h = std::min(least_h, g.h), most_h = std::max(most_h, g.h);
+      least_area = std::min(least_area, g.w * g.h);
+      far = std::max(far, std::max(std::fabs(g.cx), std::fabs(g.cy)));
     }
-    t = threshold * (1 - 1e-5);
-    reach = (1 - t) / (1 + t) * (1 + 1e-5);
-    if (most_w == 0 || least_w < 1e-18 || least_h < 1e-18 || far > 1e18 || (threshold > 0 && least_area * threshold < 1e-36)) return false;
+    const float least = std::min(least_w, least_h), most = std::max(most_w, most_h);
+    const bool tiny_overlaps = threshold > 0 && least_area * threshold < 1e-34;  // subnormal intersections are not accurate
+    if (most == 0 || least < 1e-18f || most > 1e18f || far > 1e18f || tiny_overlaps) return false;
+
+    t = float(threshold * (1 - 1e-5));
+    reach = (1 - t) / (1 + t) * (1 + 1e-5f);
     first_w = exponent(least_w), first_h = exponent(least_h);
-    octaves = g_octaves;
+    octaves = std::clamp(int(std::lround(1 - std::log2(std::max(t, 0.01f)))), 2, 5);
     do {
       rows = (exponent(most_h) - first_h) / octaves + 1;
       count = ((exponent(most_w) - first_w) / octaves + 1) * rows;
     } while (count > kMax && ++octaves);
-    for (int i = 0; i < kMax; ++i) min_w[i] = min_h[i] = INFINITY, max_w[i] = max_h[i] = -1;
+    for (int i = 0; i < kMax; ++i) min_w[i] = min_h[i] = INFINITY, max_w[i] = max_h[i] = -1;  // no boxes: matches none
     for (int64_t i = 0; i < n; ++i) {
-      const Box<T>& b = boxes[i];
-      if (is_inert(b)) continue;
-      const double w = double(b.x2) - double(b.x1), h = double(b.y2) - double(b.y1);
-      const int c = of(w, h);
-      min_w[c] = std::min(min_w[c], float(w)), max_w[c] = std::max(max_w[c], float(w));
-      min_h[c] = std::min(min_h[c], float(h)), max_h[c] = std::max(max_h[c], float(h));
+      if (is_inert(boxes[i])) continue;
+      const Geometry g(boxes[i]);
+      const int c = of(g);
+      min_w[c] = std::min(min_w[c], g.w), max_w[c] = std::max(max_w[c], g.w);
+      min_h[c] = std::min(min_h[c], g.h), max_h[c] = std::max(max_h[c], g.h);
     }
-    const double cell = g_cell * 4 * reach;  // so that the window of a box of the same size lies in 2 x 2 cells
-    for (int i = 0; i < count; ++i) scale_x[i] = 1 / (cell * double(max_w[i])), scale_y[i] = 1 / (cell * double(max_h[i]));
+    const float cell = 1.2f * 4 * reach;  // box sizes: the window of a box as large as the largest lies in 2 x 2 cells
+    for (int i = 0; i < kMax; ++i) {
+      scale_x[i] = 1 / (cell * max_w[i]), scale_y[i] = 1 / (cell * max_h[i]);
+      salt[i] = uint32_t(i) * 0x9e3779b9u;
+    }
+    count = (count + 7) / 8 * 8;  // whole vectors
     return true;
   }
 };
@@ -173,14 +199,16 @@ template <class T>
 class Nms {
  public:
   Nms(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double threshold, const Tensor& keep, bool shift_classes)
-      : boxes_(boxes), scores_(scores), idxs_(idxs), keep_(keep), threshold_(threshold), shift_(idxs && shift_classes), dim_(boxes.ndim - 2) {
-    batch_ = dim_ ? boxes.shape[0] : 1;
-    n_ = boxes.shape[dim_];
-    limit_ = keep.shape[dim_];
-    // The largest T that is not above the threshold: overlap > one exactly when overlap > the other.
-    exact_threshold_ = static_cast<T>(threshold);
-    if (double(exact_threshold_) > threshold) exact_threshold_ = std::nextafter(exact_threshold_, -std::numeric_limits<T>::infinity());
-  }
+      : boxes_(boxes),
+        scores_(scores),
+        idxs_(idxs),
+        keep_(keep),
+        threshold_(threshold),
+        shift_(idxs && shift_classes),
+        dim_(boxes.ndim - 2),
+        batch_(dim_ ? boxes.shape[0] : 1),
+        n_(boxes.shape[dim_]),
+        limit_(keep.shape[dim_]) {}
 
   std::vector<int64_t> run() {
     const int64_t total = batch_ * n_;
@@ -192,10 +220,12 @@ class Nms {
 
     std::vector<std::vector<Group>> groups(batch_);
     parallel_for(batch_, total * 50.0, [&](int64_t b) {
-      if (scores_.dtype == DType::f64) sort_scores<uint64_t, double>(b);
-      else sort_scores<uint32_t, float>(b);
-      if (grouped) groups[b] = group(b);
-      else groups[b] = {{b * n_, (b + 1) * n_}};
+      if (scores_.dtype == DType::f64) {
+        sort_scores<double>(b);
+      } else {
+        sort_scores<float>(b);
+      }
+      groups[b] = grouped ? group(b) : std::vector<Group>{{b * n_, (b + 1) * n_}};
     });
     constexpr int64_t kPiece = 2048;
     const int64_t pieces = (n_ + kPiece - 1) / kPiece;
@@ -218,12 +248,14 @@ class Nms {
 
   int64_t offset(const Tensor& t, int64_t b) const { return dim_ ? b * t.stride[0] : 0; }
 
-  template <class K, class S>
+  template <class S>
   void sort_scores(int64_t b) {
-    const Array<Keyed<K>> items = allocate<Keyed<K>>(n_);
+    using Item = Keyed<decltype(descending_key(S{}))>;
+    const Array<Item> items = allocate<Item>(n_);
     dispatch_floating(scores_.dtype, [&](auto tag) {
       const auto* scores = scores_.ptr<decltype(tag)>() + offset(scores_, b);
-      for (int64_t i = 0; i < n_; ++i) items[i] = {descending_key(S(to_float(scores[i * scores_.stride[dim_]]))), uint32_t(i)};
+      const int64_t stride = scores_.stride[dim_];
+      for (int64_t i = 0; i < n_; ++i) items[i] = {descending_key(S(to_float(scores[i * stride]))), uint32_t(i)};
     });
     sort_keys(items.get(), n_);
     for (int64_t i = 0; i < n_; ++i) order_[b * n_ + i] = items[i].index;
@@ -233,7 +265,8 @@ class Nms {
   std::vector<Group> group(int64_t b) {
     const int64_t* idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b);
     const Array<Keyed<uint64_t>> items = allocate<Keyed<uint64_t>>(n_);
-    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order_[b * n_ + i] * idxs_->stride[dim_]]), uint32_t(i)};
+    const uint32_t* order = order_.get() + b * n_;
+    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order[i] * idxs_->stride[dim_]]), uint32_t(i)};
     sort_keys(items.get(), n_);
     std::vector<Group> groups;
     for (int64_t i = 0; i < n_; ++i) {
@@ -251,7 +284,8 @@ class Nms {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t rank = rank_ ? rank_[b * n_ + i] : i;
         const auto* box = boxes + row * order_[b * n_ + rank];
-        sorted_[b * n_ + i] = {T(to_float(box[0])), T(to_float(box[column])), T(to_float(box[2 * column])), T(to_float(box[3 * column]))};
+        const auto coordinate = [&](int64_t k) { return T(to_float(box[k * column])); };
+        sorted_[b * n_ + i] = {coordinate(0), coordinate(1), coordinate(2), coordinate(3)};
       }
     });
   }
@@ -270,7 +304,7 @@ class Nms {
     }
   }
 
-  // Groups are independent. One that has more than a thread's share of the boxes is solved by all threads, the others side by side.
+  // Groups are independent. One with more than a thread's share of the boxes is solved by all threads, the others side by side.
   void solve(const std::vector<std::vector<Group>>& groups_of_entries) {
     const int64_t total = batch_ * n_, threads = max_threads(), span = total / (8 * threads) + 1;
     std::vector<std::pair<Group, int64_t>> tasks;  // with the number of boxes to keep
@@ -281,7 +315,7 @@ class Nms {
       for (const Group& g : groups) {
         const int64_t n = g.end - g.begin, limit = groups.size() == 1 ? limit_ : n;
         if (n > total / threads) {
-          walk(g, limit, memory);
+          solve_group(g, limit, memory);
           continue;
         }
         tasks.emplace_back(g, limit);
@@ -291,22 +325,19 @@ class Nms {
     if (spans.back() != tasks.size()) spans.push_back(tasks.size());
     parallel_for(spans.size() - 1, tasks.empty() ? 0 : total * 200.0, [&](int64_t i) {
       WalkMemory<T> memory;
-      for (size_t k = spans[i]; k < spans[i + 1]; ++k) walk(tasks[k].first, tasks[k].second, memory);
+      for (size_t k = spans[i]; k < spans[i + 1]; ++k) solve_group(tasks[k].first, tasks[k].second, memory);
     });
   }
 
-  void walk(const Group& g, int64_t limit, WalkMemory<T>& memory) {
+  void solve_group(const Group& g, int64_t limit, WalkMemory<T>& memory) {
     const Box<T>* boxes = sorted_.get() + g.begin;
     uint8_t* kept = kept_.get() + g.begin;
     const int64_t n = g.end - g.begin;
+    if (limit == 0) return;
     if (threshold_ >= 1 || threshold_ != threshold_) {  // no overlap is above 1
       std::fill(kept, kept + n, 1);
-    } else if (SizeClasses classes; n > g_linear && threshold_ >= 0 && classes.make(boxes, n, threshold_)) {
-      memory.reserve(n, 2 * n);
-      PZ_FOR_ISA(walk_index<T>)(boxes, n, exact_threshold_, limit, memory, classes, kept);
     } else {
-      memory.reserve(n / Chunk<T>::lanes + 1, 0);
-      PZ_FOR_ISA(walk_list<T>)(boxes, n, exact_threshold_, limit, memory.chunks.get(), kept);
+      PZ_FOR_ISA(walk<T>)(boxes, n, threshold_, limit, memory, kept);
     }
   }
 
@@ -331,7 +362,6 @@ class Nms {
   const Tensor* idxs_;
   const Tensor& keep_;
   double threshold_;
-  T exact_threshold_;
   bool shift_;
   int dim_;  // of the boxes in every tensor: 1 behind a batch dimension, else 0
   int64_t batch_, n_, limit_;
@@ -344,17 +374,19 @@ class Nms {
 void check_shape(const Tensor& t, const char* name, const Tensor& boxes, const char* form) {
   bool ok = t.ndim == boxes.ndim - 1;
   for (int i = 0; ok && i < t.ndim; ++i) ok = t.shape[i] == boxes.shape[i];
-  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " + t.shape_string());
+  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " +
+                t.shape_string());
 }
 
 }  // namespace
 
 std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold,
                              const Tensor& keep, bool shift_classes) {
-  check((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4, "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
+  check((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4,
+        "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
   check_cpu(boxes, "boxes"), check_floating(boxes, "boxes");
-  // Indices of boxes are kept in 32 bits.
-  check(boxes.numel() <= std::numeric_limits<int32_t>::max(), "boxes must have fewer than 2^31 elements, got shape " + boxes.shape_string());
+  check(boxes.numel() <= std::numeric_limits<int32_t>::max(),  // box indices have 32 bits here
+        "boxes must have fewer than 2^31 elements, got shape " + boxes.shape_string());
   const char* form = boxes.ndim == 2 ? "[N]" : "[B, N]";
   check_shape(scores, "scores", boxes, form);
   check_cpu(scores, "scores"), check_floating(scores, "scores");
@@ -363,7 +395,8 @@ std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Te
     check_cpu(*idxs, "idxs"), check_dtype(*idxs, "idxs", DType::i64);
   }
   check(keep.ndim == boxes.ndim - 1 && (keep.ndim == 1 || keep.shape[0] == boxes.shape[0]),
-        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " + boxes.shape_string() + ", got " + keep.shape_string());
+        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " +
+            boxes.shape_string() + ", got " + keep.shape_string());
   check_cpu(keep, "keep"), check_dtype(keep, "keep", DType::i64);
 
   if (boxes.dtype == DType::f64) return Nms<double>(boxes, scores, idxs, iou_threshold, keep, shift_classes).run();
