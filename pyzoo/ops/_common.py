@@ -26,6 +26,7 @@ _dispatch_keys = torch._C._dispatch_keys
 _functorch_active = torch._C._are_functorch_transforms_active
 _torch_dispatch_modes = torch._C._len_torch_dispatch_stack
 _PLAIN_CPU = _dispatch_keys(torch.empty(0)).raw_repr()
+_MORE_THAN_PLAIN_CPU = ~(_PLAIN_CPU | torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr())
 
 
 def _runs_directly(first: Tensor, boxes: Tensor) -> bool:
@@ -78,8 +79,14 @@ class Operator:
         """
         apply, below, cpu = function.apply, self.below_autograd, self.cpu
 
-        def kernel(first, boxes, *rest):
-            if _runs_directly(first, boxes):
+        def kernel(keys, first, boxes, *rest):
+            # What _runs_directly() asks, by the keys that the dispatcher has collected from all tensors, modes and transforms.
+            if (
+                not keys.raw_repr() & _MORE_THAN_PLAIN_CPU
+                and type(first) is Tensor
+                and not ((first.requires_grad or boxes.requires_grad) and torch.is_grad_enabled())
+                and forward_ad._current_level < 0
+            ):
                 return cpu(first, boxes, *rest)
             args = (boxes, *rest, *first) if type(first) is list else (first, boxes, *rest)
             if _functorch_active():
@@ -90,7 +97,7 @@ class Operator:
                 return apply(*args)
             return below(first, boxes, *rest)
 
-        lib.impl(self.name, kernel, "Autograd")
+        lib.impl(self.name, kernel, "Autograd", with_keyset=True)
 
     def below_autograd(self, first, boxes, *rest):
         """The value alone, for the forward of ``Function``."""
@@ -134,8 +141,9 @@ def check_features_and_boxes(op: str, name: str, x: Tensor, boxes: Tensor) -> No
         raise ValueError(f"{op}: {name} must have shape [N, C, H, W], got {list(x.shape)}")
     if boxes.dim() != 2 or boxes.shape[1] != 5:
         raise ValueError(f"{op}: boxes must have shape [K, 5], got {list(boxes.shape)}")
-    check_floating(op, name, x)
-    check_floating(op, "boxes", boxes)
+    if x.dtype not in _FLOATS or boxes.dtype not in _FLOATS:
+        check_floating(op, name, x)
+        check_floating(op, "boxes", boxes)
     check_same_device(op, name, x, "boxes", boxes)
 
 
@@ -158,6 +166,8 @@ def check_grad_output(op: str, grad_output: Tensor, boxes: Tensor, channels: int
 
 def pair(op: str, output_size) -> tuple[int, int]:
     """(height, width) from an int or from a sequence of one or two."""
+    if type(output_size) is int:
+        return output_size, output_size
     sizes = output_size if isinstance(output_size, (tuple, list, torch.Size)) else (output_size,)
     if not 1 <= len(sizes) <= 2:
         raise ValueError(f"{op}: output_size must be an int or two ints, got {len(sizes)} values")
@@ -198,7 +208,7 @@ def prefers_channels_last(x: Tensor) -> bool:
 
 def empty(size: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     if not channels_last:
-        return like.new_empty(size, dtype=dtype)
+        return like.new_empty(size, dtype=dtype) if dtype else like.new_empty(size)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
