@@ -219,7 +219,7 @@ class Nms {
     if (grouped) rank_ = allocate<uint32_t>(total);
 
     std::vector<std::vector<Group>> groups(batch_);
-    parallel_for(batch_, total * 50.0, [&](int64_t b) {
+    parallel_for(batch_, total * 10.0, [&](int64_t b) {
       if (scores_.dtype == DType::f64) {
         sort_scores<double>(b);
       } else {
@@ -229,15 +229,15 @@ class Nms {
     });
     constexpr int64_t kPiece = 2048;
     const int64_t pieces = (n_ + kPiece - 1) / kPiece;
-    parallel_for(batch_ * pieces, total * 20.0, [&](int64_t i) {
+    parallel_for(batch_ * pieces, total * 1.0, [&](int64_t i) {
       const int64_t begin = i % pieces * kPiece;
       gather(i / pieces, begin, std::min(n_, begin + kPiece));
     });
-    if (shift_) parallel_for(batch_, total * 5.0, [&](int64_t b) { shift(b); });
+    if (shift_) parallel_for(batch_, total * 1.0, [&](int64_t b) { shift(b); });
     solve(groups);
 
     std::vector<int64_t> counts(batch_);
-    parallel_for(batch_, total * 2.0, [&](int64_t b) { counts[b] = emit(b); });
+    parallel_for(batch_, total * 1.0, [&](int64_t b) { counts[b] = emit(b); });
     return counts;
   }
 
@@ -323,7 +323,7 @@ class Nms {
       }
     }
     if (spans.back() != tasks.size()) spans.push_back(tasks.size());
-    parallel_for(spans.size() - 1, tasks.empty() ? 0 : total * 200.0, [&](int64_t i) {
+    parallel_for(spans.size() - 1, tasks.empty() ? 0 : total * 20.0, [&](int64_t i) {
       WalkMemory<T> memory;
       for (size_t k = spans[i]; k < spans[i + 1]; ++k) solve_group(tasks[k].first, tasks[k].second, memory);
     });
