@@ -91,7 +91,8 @@ def roi_align(
         ValueError: a shape, scale or size does not fit, or an image index is out of range.
     """
     input, boxes, output = _pooling("roi_align", input, boxes, output_size, spatial_scale)
-    C.roi_align_fwd_cpu([input], boxes, output, [spatial_scale], sampling_ratio, aligned, None)
+    if output.size:  # NumPy gives empty arrays strides that mean nothing
+        C.roi_align_fwd_cpu([input], boxes, output, [spatial_scale], sampling_ratio, aligned, None)
     return output
 
 
@@ -106,7 +107,8 @@ def roi_pool(
     Arguments, result and errors are those of :func:`roi_align`.
     """
     input, boxes, output = _pooling("roi_pool", input, boxes, output_size, spatial_scale)
-    C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale)
+    if output.size:
+        C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale)
     return output
 
 
@@ -197,7 +199,8 @@ def _rois(op: str, boxes) -> NDArray:
             each = each.reshape(0, 4)
         if each.ndim != 2 or each.shape[1] != 4:
             raise ValueError(f"{op}: boxes[{i}] must have shape [L, 4], got {list(each.shape)}")
-        parts.append(np.insert(each.astype(np.result_type(each.dtype, np.float32), copy=False), 0, i, axis=1))
+        if len(each):  # an empty list would count as float64
+            parts.append(np.insert(each.astype(np.result_type(each.dtype, np.float32), copy=False), 0, i, axis=1))
     return np.concatenate(parts) if parts else np.empty((0, 5), np.float32)
 
 
