@@ -3,6 +3,7 @@
 PYZOO_FUZZ=<count> sets the number of cases of each test; a failure names the seed that repeats it.
 """
 
+import math
 import os
 
 import pytest
@@ -13,7 +14,15 @@ torchvision = pytest.importorskip("torchvision")
 from pyzoo import _C  # noqa: E402
 
 COUNT = int(os.environ.get("PYZOO_FUZZ", "300"))
-THRESHOLDS = (-0.1, 0.0, 1e-20, 1e-6, 0.05, 0.1, 0.3, 0.5, 0.5, 0.5, 0.7, 0.9, 0.95, 0.999, 0.9999999, 1.0, 1.5, float("nan"))
+THRESHOLDS = (-0.1, 0.0, 1e-20, 1e-6, 0.05, 0.1, 0.3, *[0.5] * 3, 0.7, 0.9, 0.95, 0.999, 0.9999999, 1.0, 1.5, math.nan)
+F32, F64 = torch.float32, torch.float64
+DTYPES = ((F32, F32),) * 3 + (  # of boxes and scores
+    (F64, F64),
+    (F32, F64),
+    (F64, torch.float16),
+    (torch.float16, F32),
+    (torch.bfloat16, torch.bfloat16),
+)
 ISAS = _C.build_info()["isas"]
 
 
@@ -29,14 +38,14 @@ def pick(g, options):
     return options[int(torch.randint(len(options), (), generator=g))]
 
 
-def random_boxes(g, n, dtype):
+def random_boxes(g, n, dtype, threshold):
     def rand(*shape):
         return torch.rand(*shape, generator=g, dtype=torch.float64)
 
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    kind = pick(g, ("uniform", "clusters", "scales", "thin", "grid", "nested", "same", "sparse"))
+    kind = pick(g, ("uniform", "clusters", "scales", "thin", "grid", "nested", "same", "sparse", "brink", "brink"))
     corner, size = rand(n, 2) * pick(g, (1, 50, 1000, 1e5)), 1 + rand(n, 2) * pick(g, (1, 30, 300))
     if kind == "clusters":
         k = pick(g, (1, 5, 50))
@@ -49,7 +58,10 @@ def random_boxes(g, n, dtype):
         size = size * torch.tensor(pick(g, ([1, 1e-3], [1e-3, 1], [100, 1])), dtype=torch.float64)
     elif kind == "grid":
         i = torch.arange(n)
-        corner, size = torch.stack([i % 40, i // 40], 1) * 10.0, torch.full((n, 2), pick(g, (9.0, 10.0, 15.0, 31.0)), dtype=torch.float64)
+        corner, size = (
+            torch.stack([i % 40, i // 40], 1) * 10.0,
+            torch.full((n, 2), pick(g, (9.0, 10.0, 15.0, 31.0)), dtype=torch.float64),
+        )
     elif kind == "nested":
         corner = torch.arange(n, dtype=torch.float64)[torch.randperm(n, generator=g), None].expand(n, 2) * 0.5
         size = 2.0 * n - 2 * corner
@@ -57,12 +69,26 @@ def random_boxes(g, n, dtype):
         corner, size = corner[:1].expand(n, 2) + rand(n, 2) * pick(g, (0, 0.1, 1)), size[:1].expand(n, 2)
     elif kind == "sparse":
         corner = corner * 100
+    elif kind == "brink":  # pairs that overlap a little more than the threshold, far apart
+        t, more = threshold if 0 < threshold < 1 else 0.5, 1 + pick(g, (1e-6, 1e-4, 1e-2))
+        i = torch.arange(n) // 2
+        corner = torch.stack([i % 40, i // 40], 1) * 1000 + (rand(n, 2) * 300)[i]
+        size = (10 + rand(n, 2) * 290)[i if pick(g, (False, True)) else i * 0]
+        axis, second = int(torch.randint(2, (), generator=g)), i * 2 != torch.arange(n)
+        if pick(g, (False, True)):  # moved along an axis
+            corner[second, axis] += size[second, axis] * (1 - t) / (1 + t) / more
+        else:  # narrower
+            narrow = size[second, axis] * t * more
+            corner[second, axis] += (size[second, axis] - narrow) * rand(len(narrow))
+            size[second, axis] = narrow
     boxes = torch.cat([corner, corner + size], 1)
 
     if pick(g, (0, 0, 1)):  # ties and exact touching
         step = pick(g, (0.25, 1, 8))
         boxes = (boxes / step).round() * step
-    boxes = boxes * pick(g, (1,) * 8 + (-1, 1e-3, 1e-8, 1e-20, 1e-30, 1e7, 1e17, 1e30)) + pick(g, (0,) * 5 + (1e4, 1e7, -1e7))
+    boxes = boxes * pick(g, (1,) * 8 + (-1, 1e-3, 1e-8, 1e-20, 1e-30, 1e7, 1e17, 1e30)) + pick(
+        g, (0,) * 5 + (1e4, 1e7, -1e7)
+    )
     boxes = boxes.to(dtype)
     odd = torch.tensor([0, -0.0, 1e-45, 1e-38, 3e38, 1e20, float("inf"), float("-inf"), float("nan")]).to(dtype)
     if n and pick(g, (0, 0, 0, 1)):  # a few broken coordinates
@@ -101,11 +127,12 @@ def rearranged(g, x):
 def random_case(seed):
     g = torch.Generator().manual_seed(seed)
     n = int(torch.randint(pick(g, (2, 20, 300, 1000, 3000)), (), generator=g))
-    boxes_dtype, scores_dtype = pick(g, ((torch.float32, torch.float32),) * 3 + ((torch.float64, torch.float64), (torch.float32, torch.float64), (torch.float64, torch.float16), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)))
-    boxes, scores = random_boxes(g, n, boxes_dtype), random_scores(g, n, scores_dtype)
+    boxes_dtype, scores_dtype = pick(g, DTYPES)
+    threshold = pick(g, THRESHOLDS)
+    boxes, scores = random_boxes(g, n, boxes_dtype, threshold), random_scores(g, n, scores_dtype)
     torch.set_num_threads(pick(g, (1, 2, 4)))
     _C.set_isa(pick(g, ISAS))
-    return g, rearranged(g, boxes), rearranged(g, scores), pick(g, THRESHOLDS)
+    return g, rearranged(g, boxes), rearranged(g, scores), threshold
 
 
 def kept(boxes, scores, threshold, idxs=None, size=None, shift=False):
@@ -146,7 +173,9 @@ def test_nms_equal_scores_like_torchvision():
     for seed in range(COUNT // 3):
         _, boxes, scores, threshold = random_case(seed)
         if boxes.dtype == scores.dtype and boxes.dtype.itemsize >= 4:
-            assert torch.equal(kept(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold)), f"{seed=}"
+            assert torch.equal(kept(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold)), (
+                f"{seed=}"
+            )
 
 
 def test_batched_nms():
@@ -174,8 +203,14 @@ def test_batch_dimension():
     for seed in range(COUNT // 5):
         g, boxes, scores, threshold = random_case(2 * 10**6 + seed)
         batch = int(torch.randint(5, (), generator=g))
-        boxes = torch.stack([boxes.roll(i, 0) * (1 + i) for i in range(batch)]) if batch else boxes.new_empty(0, *boxes.shape)
-        scores = torch.stack([scores.roll(i * i, 0) for i in range(batch)]) if batch else scores.new_empty(0, *scores.shape)
+        boxes = (
+            torch.stack([boxes.roll(i, 0) * (1 + i) for i in range(batch)])
+            if batch
+            else boxes.new_empty(0, *boxes.shape)
+        )
+        scores = (
+            torch.stack([scores.roll(i * i, 0) for i in range(batch)]) if batch else scores.new_empty(0, *scores.shape)
+        )
         idxs = pick(g, (None, torch.randint(7, scores.shape, generator=g)))
         shift = pick(g, (False, True))
         size = int(torch.randint(boxes.shape[1] + 2, (), generator=g))
@@ -192,7 +227,10 @@ def test_many_boxes_and_threads():
     for seed in range(3):
         g = torch.Generator().manual_seed(seed)
         corner = torch.rand(20000, 2, generator=g) * 800
-        boxes, scores = torch.cat([corner, corner + 1 + 99 * torch.rand(20000, 2, generator=g)], 1), torch.rand(20000, generator=g)
+        boxes, scores = (
+            torch.cat([corner, corner + 1 + 99 * torch.rand(20000, 2, generator=g)], 1),
+            torch.rand(20000, generator=g),
+        )
         found = []
         for isa in ISAS:
             _C.set_isa(isa)
@@ -203,7 +241,12 @@ def test_many_boxes_and_threads():
         assert torch.equal(found[0][:2000], torchvision.ops.nms(boxes, scores, 0.5)[:2000])
 
 
-BOXES, SCORES, IDXS, KEEP = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+BOXES, SCORES, IDXS, KEEP = (
+    torch.zeros(3, 4),
+    torch.zeros(3),
+    torch.zeros(3, dtype=torch.int64),
+    torch.zeros(3, dtype=torch.int64),
+)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +263,10 @@ BOXES, SCORES, IDXS, KEEP = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dt
         ((BOXES, SCORES, None, SCORES), "keep must be int64, got float32"),
         ((BOXES, SCORES, None, KEEP[None]), r"keep must have shape \[M\]"),
         ((BOXES[None], SCORES[None], None, KEEP[None].expand(2, 3)), r"keep must have shape \[B, M\]"),
-        ((BOXES[:1].expand(2**29, 4), SCORES[:1].expand(2**29), None, KEEP), r"boxes must have fewer than 2\^31 elements"),
+        (
+            (BOXES[:1].expand(2**29, 4), SCORES[:1].expand(2**29), None, KEEP),
+            r"boxes must have fewer than 2\^31 elements",
+        ),
     ],
 )
 def test_bad_input(args, message):

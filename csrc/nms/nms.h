@@ -18,7 +18,7 @@ namespace pyzoo {
 // keep   int64 [M] or [B, M]: at most M boxes are kept.
 // shift_classes: separate the idxs as torchvision does for few boxes, by adding idxs * (boxes.max() + 1) to the boxes, with
 //         all the rounding that brings.
-std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold,
-                             const Tensor& keep, bool shift_classes);
+std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold, const Tensor& keep,
+                             bool shift_classes);
 
 }  // namespace pyzoo

@@ -374,14 +374,13 @@ class Nms {
 void check_shape(const Tensor& t, const char* name, const Tensor& boxes, const char* form) {
   bool ok = t.ndim == boxes.ndim - 1;
   for (int i = 0; ok && i < t.ndim; ++i) ok = t.shape[i] == boxes.shape[i];
-  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " +
-                t.shape_string());
+  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " + t.shape_string());
 }
 
 }  // namespace
 
-std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold,
-                             const Tensor& keep, bool shift_classes) {
+std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold, const Tensor& keep,
+                             bool shift_classes) {
   check((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4,
         "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
   check_cpu(boxes, "boxes"), check_floating(boxes, "boxes");
@@ -395,8 +394,8 @@ std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Te
     check_cpu(*idxs, "idxs"), check_dtype(*idxs, "idxs", DType::i64);
   }
   check(keep.ndim == boxes.ndim - 1 && (keep.ndim == 1 || keep.shape[0] == boxes.shape[0]),
-        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " +
-            boxes.shape_string() + ", got " + keep.shape_string());
+        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " + boxes.shape_string() +
+            ", got " + keep.shape_string());
   check_cpu(keep, "keep"), check_dtype(keep, "keep", DType::i64);
 
   if (boxes.dtype == DType::f64) return Nms<double>(boxes, scores, idxs, iou_threshold, keep, shift_classes).run();
