@@ -24,25 +24,38 @@ lib = torch.library.Library("pyzoo", "DEF")
 
 _dispatch_keys = torch._C._dispatch_keys
 _functorch_active = torch._C._are_functorch_transforms_active
-_torch_dispatch_modes = torch._C._len_torch_dispatch_stack
-_PLAIN_CPU = _dispatch_keys(torch.empty(0)).raw_repr()
-_MORE_THAN_PLAIN_CPU = ~(_PLAIN_CPU | torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).raw_repr())
+_included_keys = torch._C._dispatch_tls_local_include_set
 
 
-def _runs_directly(first: Tensor, boxes: Tensor) -> bool:
-    """Nothing between the caller and the CPU kernel has a say: plain CPU tensors, no derivative, transform or mode.
+def _key_set(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in names:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
 
-    The keys tell a plain tensor from a sparse, negated, batched, functional or wrapped one, and from one on another device.
+
+_PLAIN_TENSOR = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+_PLAIN_STATE = _key_set("BackendSelect", "ADInplaceOrView")
+_NOT_PLAIN = ~(_PLAIN_TENSOR | _PLAIN_STATE)
+
+
+def _is_plain(first: Tensor, boxes: Tensor) -> bool:
+    """Nothing but autograd stands between the caller and the CPU kernel.
+
+    The keys of a tensor tell a plain one from a sparse, negated, batched, functional or wrapped one and from one of another
+    device; those of the thread tell of modes, transforms and tracing.
     """
     return (
         type(first) is Tensor
-        and _dispatch_keys(first).raw_repr() == _PLAIN_CPU
-        and _dispatch_keys(boxes).raw_repr() == _PLAIN_CPU
-        and not ((first.requires_grad or boxes.requires_grad) and torch.is_grad_enabled())
-        and not _functorch_active()
-        and not _torch_dispatch_modes()
-        and forward_ad._current_level < 0
+        and _included_keys().raw_repr() == _PLAIN_STATE
+        and _dispatch_keys(first).raw_repr() == _PLAIN_TENSOR
+        and _dispatch_keys(boxes).raw_repr() == _PLAIN_TENSOR
     )
+
+
+def _wants_derivative(first: Tensor | list[Tensor]) -> bool:
+    requires_grad = any(t.requires_grad for t in first) if type(first) is list else first.requires_grad
+    return (requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 class Function(_SingleLevelFunction):
@@ -56,8 +69,8 @@ class Function(_SingleLevelFunction):
 class Operator:
     """``torch.ops.pyzoo.<name>``: schema, CPU kernel, fake implementation, vmap rule and, after ``differentiate``, autograd.
 
-    ``self.op`` is the operator itself. Call the object instead within derivative rules: it is the same, but takes the short cut
-    to the kernel where it can. Each trip through the dispatcher costs as much as the rest of a call on tiny input.
+    ``self.op`` is the operator. Calling the object does the same, but of an operator with a derivative goes straight to the
+    kernel where nothing could tell the difference: the trip through the dispatcher is a third of a call on tiny input.
     """
 
     def __init__(self, schema: str, *, cpu: Callable, fake: Callable, vmap: Callable):
@@ -70,7 +83,15 @@ class Operator:
         self.op = getattr(torch.ops.pyzoo, self.name).default
 
     def __call__(self, first, boxes, *rest):
-        return (self.cpu if _runs_directly(first, boxes) else self.op)(first, boxes, *rest)
+        if (
+            torch.compiler.is_compiling()
+            or torch.autograd._profiler_enabled()
+            or torch._C._len_torch_function_stack()
+            or not _is_plain(first, boxes)
+            or boxes.requires_grad
+        ):
+            return self.op(first, boxes, *rest)
+        return (self.apply if _wants_derivative(first) else self.cpu)(first, boxes, *rest)
 
     def differentiate(self, function: type[Function]) -> None:
         """Registers the derivative in the first argument, a tensor or a list of tensors; the second is boxes, which get none.
@@ -78,23 +99,16 @@ class Operator:
         ``function.apply`` takes the arguments of the operator; a list comes last and spread out, as autograd needs it.
         """
         apply, below, cpu = function.apply, self.below_autograd, self.cpu
+        self.apply = apply
 
         def kernel(keys, first, boxes, *rest):
-            # What _runs_directly() asks, by the keys that the dispatcher has collected from all tensors, modes and transforms.
-            if (
-                not keys.raw_repr() & _MORE_THAN_PLAIN_CPU
-                and type(first) is Tensor
-                and not ((first.requires_grad or boxes.requires_grad) and torch.is_grad_enabled())
-                and forward_ad._current_level < 0
-            ):
-                return cpu(first, boxes, *rest)
-            args = (boxes, *rest, *first) if type(first) is list else (first, boxes, *rest)
             if _functorch_active():
                 with enable_single_level_autograd_function():
-                    return apply(*args)
-            requires_grad = any(t.requires_grad for t in first) if type(first) is list else first.requires_grad
-            if (requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-                return apply(*args)
+                    return apply(boxes, *rest, *first) if type(first) is list else apply(first, boxes, *rest)
+            if _wants_derivative(first):
+                return apply(boxes, *rest, *first) if type(first) is list else apply(first, boxes, *rest)
+            if not keys.raw_repr() & _NOT_PLAIN and not boxes.requires_grad:
+                return cpu(first, boxes, *rest)
             return below(first, boxes, *rest)
 
         lib.impl(self.name, kernel, "Autograd", with_keyset=True)
@@ -103,7 +117,7 @@ class Operator:
         """The value alone, for the forward of ``Function``."""
         if boxes.requires_grad:
             boxes = boxes.detach()
-        if _runs_directly(first, boxes):
+        if _is_plain(first, boxes):
             return self.cpu(first, boxes, *rest)
         for t in (*first, boxes) if type(first) is list else (first, boxes):
             if t.layout != torch.strided:
@@ -198,18 +212,25 @@ def _at_least_float32(boxes: Tensor) -> Tensor:
     return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
 
 
-# -------------------------------------------------------------------------------------------------------- memory formats
+# --------------------------------------------------------------------------------------------------------------- outputs
 
 
 def prefers_channels_last(x: Tensor) -> bool:
     """Whether the channels of one pixel of ``x`` [N, C, H, W] lie next to each other and a pixel's neighbours do not."""
-    return x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
 
 
 def empty(size: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     if not channels_last:
         return like.new_empty(size, dtype=dtype) if dtype else like.new_empty(size)
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def new_pooled(op: str, x: Tensor, boxes: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, dtype=None):
+    """The tensor that ``op`` pools into, like ``x`` in dtype and layout; what fake implementation and kernel begin with."""
+    check_features_and_boxes(op, "input", x, boxes)
+    check_pooling(op, spatial_scale, pooled_height, pooled_width)
+    return empty((boxes.shape[0], x.shape[1], pooled_height, pooled_width), x, prefers_channels_last(x), dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------ vmap

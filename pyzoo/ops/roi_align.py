@@ -127,23 +127,12 @@ def multiscale_roi_align_reference(
 # ------------------------------------------------------------------------------------------------------------- roi_align
 
 
-def _check(input, boxes, spatial_scale, pooled_height, pooled_width):
-    common.check_features_and_boxes("roi_align", "input", input, boxes)
-    common.check_pooling("roi_align", spatial_scale, pooled_height, pooled_width)
-
-
-def _new_output(input, boxes, pooled_height, pooled_width):
-    size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
-    return common.empty(size, input, common.prefers_channels_last(input))
-
-
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    _check(input, boxes, spatial_scale, pooled_height, pooled_width)
-    return _new_output(input, boxes, pooled_height, pooled_width)
+    return common.new_pooled("roi_align", input, boxes, spatial_scale, pooled_height, pooled_width)
 
 
 def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)
+    output = common.new_pooled("roi_align", input, boxes, spatial_scale, pooled_height, pooled_width)
     C.roi_align_fwd_cpu([input], boxes, output, [spatial_scale], sampling_ratio, aligned, None)
     return output
 
@@ -274,7 +263,7 @@ def roi_align(
     common.check_tensor("roi_align", "input", input)
     boxes = common.rois_from_boxes("roi_align", boxes, input)
     height, width = common.pair("roi_align", output_size)
-    return _roi_align.op(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
+    return _roi_align(input, boxes, spatial_scale, height, width, sampling_ratio, aligned)
 
 
 class RoIAlign(nn.Module):
@@ -302,7 +291,7 @@ class RoIAlign(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- pyramid
 
 
-def _multiscale_check(inputs, boxes, pooled_height, pooled_width, spatial_scales):
+def _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales):
     op = "multiscale_roi_align"
     if not inputs:
         raise ValueError(f"{op}: inputs must hold at least one feature map")
@@ -317,6 +306,7 @@ def _multiscale_check(inputs, boxes, pooled_height, pooled_width, spatial_scales
                 f"{op}: inputs must agree in N, C and dtype, got {list(first.shape)} {first.dtype} in inputs[0] "
                 f"and {list(x.shape)} {x.dtype} in inputs[{i}]"
             )
+    return common.new_pooled(op, first, boxes, spatial_scales[0], pooled_height, pooled_width)
 
 
 def _level_map(spatial_scales, canonical_scale, canonical_level):
@@ -324,15 +314,13 @@ def _level_map(spatial_scales, canonical_scale, canonical_level):
 
 
 def _multiscale_fake(inputs, boxes, pooled_height, pooled_width, spatial_scales, *rest):
-    _multiscale_check(inputs, boxes, pooled_height, pooled_width, spatial_scales)
-    return _new_output(inputs[0], boxes, pooled_height, pooled_width)
+    return _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
 
 
 def _multiscale_cpu(
     inputs, boxes, pooled_height, pooled_width, spatial_scales, sampling_ratio, aligned, canonical_scale, canonical_level
 ):
-    _multiscale_check(inputs, boxes, pooled_height, pooled_width, spatial_scales)
-    output = _new_output(inputs[0], boxes, pooled_height, pooled_width)
+    output = _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
     level_map = _level_map(spatial_scales, canonical_scale, canonical_level)
     C.roi_align_fwd_cpu(inputs, boxes, output, spatial_scales, sampling_ratio, aligned, level_map)
     return output

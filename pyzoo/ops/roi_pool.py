@@ -82,23 +82,12 @@ def roi_pool_reference(
 # -------------------------------------------------------------------------------------------------------------- roi_pool
 
 
-def _check(input, boxes, spatial_scale, pooled_height, pooled_width):
-    common.check_features_and_boxes("roi_pool", "input", input, boxes)
-    common.check_pooling("roi_pool", spatial_scale, pooled_height, pooled_width)
-
-
-def _new_output(input, boxes, pooled_height, pooled_width, dtype=None):
-    size = (boxes.shape[0], input.shape[1], pooled_height, pooled_width)
-    return common.empty(size, input, common.prefers_channels_last(input), dtype)
-
-
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
-    _check(input, boxes, spatial_scale, pooled_height, pooled_width)
-    return _new_output(input, boxes, pooled_height, pooled_width)
+    return common.new_pooled("roi_pool", input, boxes, spatial_scale, pooled_height, pooled_width)
 
 
 def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
-    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    output = common.new_pooled("roi_pool", input, boxes, spatial_scale, pooled_height, pooled_width)
     C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale)
     return output
 
@@ -119,13 +108,12 @@ _roi_pool = Operator(
 
 
 def _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width):
-    _check(input, boxes, spatial_scale, pooled_height, pooled_width)
-    return _new_output(input, boxes, pooled_height, pooled_width, torch.int32)
+    return common.new_pooled("_roi_pool_argmax", input, boxes, spatial_scale, pooled_height, pooled_width, torch.int32)
 
 
 def _argmax_cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
     argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
-    output = _new_output(input, boxes, pooled_height, pooled_width)
+    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
     C.roi_pool_fwd_cpu(input.detach(), boxes.detach(), output, argmax, spatial_scale)
     return argmax
 
@@ -253,7 +241,7 @@ def roi_pool(
     common.check_tensor("roi_pool", "input", input)
     boxes = common.rois_from_boxes("roi_pool", boxes, input)
     height, width = common.pair("roi_pool", output_size)
-    return _roi_pool.op(input, boxes, spatial_scale, height, width)
+    return _roi_pool(input, boxes, spatial_scale, height, width)
 
 
 class RoIPool(nn.Module):
