@@ -9,6 +9,13 @@
 
 namespace pyzoo {
 
+// Some exporters put any stride on an axis of one element. Afterwards pixel p = y * width + x lies at p * pixel_stride whenever that
+// is so for the pixels there are.
+inline void settle_strides(int64_t height, int64_t width, int64_t& row_stride, int64_t& pixel_stride) {
+  if (width == 1) pixel_stride = height == 1 ? 1 : row_stride;
+  if (height == 1) row_stride = width * pixel_stride;
+}
+
 struct FeatureMap {
   void* data;
   DType dtype;
@@ -23,10 +30,14 @@ struct FeatureMap {
     dtype = t.dtype;
     images = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
     image_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], pixel_stride = t.stride[3];
+    settle_strides(height, width, row_stride, pixel_stride);
     check(height * width <= INT32_MAX, std::string(name) + ": height x width must be below 2^31, got shape " + t.shape_string());
   }
   int64_t pixels() const { return height * width; }
   bool channels_last() const { return channel_stride == 1 || channels == 1; }
+  void check_written(const char* name) const {
+    check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())), std::string(name) + " must be contiguous or channels_last");
+  }
   // The address of an image from channel c on.
   template <class T>
   T* at(int64_t image, int64_t c) const {
@@ -64,6 +75,7 @@ struct Pooled {
     dtype = t.dtype;
     rois = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
     roi_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], bin_stride = t.stride[3];
+    settle_strides(height, width, row_stride, bin_stride);
   }
   int64_t bins() const { return height * width; }
   // Bins of one channel lie next to each other (NCHW), or channels of one bin do.

@@ -79,6 +79,7 @@ void roi_align_bwd_cpu(const Tensor& grad_output, const Tensor& rois, const std:
                        const std::vector<double>& scales, int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map) {
   const Pooled grad(grad_output, "grad_output");
   const std::vector<FeatureMap> maps = feature_maps(grad_inputs, "grad_input", grad, scales.size());
+  for (const FeatureMap& map : maps) map.check_written("grad_input");
   const Rois boxes(rois);
   const std::vector<int32_t> image = boxes.images(maps[0].images);
   dispatch_floating(grad.dtype, [&](auto zero) {

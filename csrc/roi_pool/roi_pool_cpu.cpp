@@ -111,7 +111,7 @@ void roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
   if (argmax) {
     check_dtype(*argmax, "argmax", DType::i32);
     indices = std::make_unique<Pooled>(*argmax, "argmax");
-    check(std::equal(output.shape, output.shape + 4, argmax->shape) && indices->channel_stride == pooled.channel_stride,
+    check(std::equal(output.shape, output.shape + 4, argmax->shape) && std::equal(output.stride, output.stride + 4, argmax->stride),
           "argmax must have the shape and layout of output");
   }
   const std::vector<int32_t> image = boxes.images(map.images);
@@ -128,6 +128,7 @@ void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tens
   const FeatureMap map(input, "input"), grad_map(grad_input, "grad_input");
   const Pooled grad(grad_output, "grad_output");
   const Rois boxes(rois);
+  grad_map.check_written("grad_input");
   check_dtype(grad_output, "grad_output", input.dtype);
   check_dtype(grad_input, "grad_input", input.dtype);
   check(std::equal(input.shape, input.shape + 4, grad_input.shape), "grad_input must have the shape of input, got " + grad_input.shape_string());
@@ -144,6 +145,7 @@ void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, cons
   const FeatureMap map(grad_input, "grad_input");
   const Pooled grad(grad_output, "grad_output"), index(argmax, "argmax");
   const Rois boxes(rois);
+  map.check_written("grad_input");
   check_dtype(grad_output, "grad_output", grad_input.dtype);
   check_dtype(argmax, "argmax", DType::i32);
   check(grad.rois == boxes.count() && grad.channels == map.channels, "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
