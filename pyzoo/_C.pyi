@@ -1,6 +1,7 @@
 """The compiled core. Private: use pyzoo.ops, pyzoo.nn or pyzoo.numpy.
 
-Kernels write their result into the array that they are given for it. Arrays are anything with ``__dlpack__``, of any strides.
+Kernels write their result into the array that they are given for it. Arrays are anything with ``__dlpack__``, of any
+strides.
 """
 
 from collections.abc import Sequence

@@ -1,21 +1,23 @@
-"""``pyzoo.patch("torchvision")``: pyzoo's kernels under the operators of another package, for every project in the process.
+"""``pyzoo.patch("torchvision")``: pyzoo's kernels under another package's operators, for every project in the process.
 
-The kernels go into torch's dispatcher, ``torch.ops.torchvision.*`` on the CPU; nothing of torchvision itself is replaced. Its
-autograd, autocast and fake implementations stay, as do its Python functions, which all end in these operators. What pyzoo
-cannot serve goes on to the original kernel, so errors stay torchvision's. The original is taken by
-``torch.library.get_kernel`` and called with ``call_boxed``; destroying the ``Library`` of the overrides puts it back.
+The kernels go into torch's dispatcher, ``torch.ops.torchvision.*`` on the CPU; nothing of torchvision itself is
+replaced. Its autograd, autocast and fake implementations stay, as do its Python functions, which all end in these
+operators. What pyzoo cannot serve goes on to the original kernel, so errors stay torchvision's. The original is taken
+by ``torch.library.get_kernel`` and called with ``call_boxed``; destroying the overrides' ``Library`` puts it back.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
 
 
 class Patch:
     """What :func:`patch` did, and how to undo it; a context manager that may be entered again and within itself."""
 
-    def __init__(self, target: str, kernels: dict[str, Callable]):
+    def __init__(self, target: str, kernels: dict[str, Kernel]):
         self.target = target
         self._kernels = kernels
         self._depth = 0
@@ -63,9 +65,9 @@ class Patch:
 class _Overrides:
     """The kernels of one target in the dispatcher, shared by all patches of it."""
 
-    active: dict[str, _Overrides] = {}
+    active: ClassVar[dict[str, _Overrides]] = {}
 
-    def __init__(self, target: str, kernels: dict[str, Callable]):
+    def __init__(self, target: str, kernels: dict[str, Kernel]):
         import torch
 
         self.holders = 0
@@ -74,7 +76,7 @@ class _Overrides:
         for name, kernel in kernels.items():
             self.status[name] = self._override(f"{target}::{name}", kernel)
 
-    def _override(self, op: str, kernel: Callable) -> str:
+    def _override(self, op: str, kernel: Kernel) -> str:
         import torch
 
         namespace, name = op.split("::")
@@ -88,7 +90,7 @@ class _Overrides:
         return "patched"
 
     @classmethod
-    def acquire(cls, target: str, kernels: dict[str, Callable]) -> None:
+    def acquire(cls, target: str, kernels: dict[str, Kernel]) -> None:
         if target not in cls.active:
             cls.active[target] = cls(target, kernels)
         cls.active[target].holders += 1
@@ -104,22 +106,30 @@ class _Overrides:
 
 _lock = threading.RLock()
 
+Kernel = tuple[Callable, Callable]  # raises TypeError or ValueError for what pyzoo does not serve; computes
 
-def _with_fallback(kernel: Callable, original) -> Callable:
-    """``kernel``, or the original where ``kernel`` refuses the arguments."""
+
+def _with_fallback(kernel: Kernel, original) -> Callable:
+    """The kernel, or the original where the check refuses the arguments."""
+    check, run = kernel
 
     def call(keyset, *args):
         try:
-            return kernel(*args)
+            check(*args)
         except (TypeError, ValueError):
             pass
+        else:
+            return run(*args)
         return original.call_boxed(keyset, *args)
 
     return call
 
 
-def _torchvision_kernels() -> dict[str, Callable]:
-    """Operator name -> kernel with the arguments and results of torchvision's: pooled tensors and gradients are contiguous."""
+def _torchvision_kernels() -> dict[str, Kernel]:
+    """Operator name -> kernel with torchvision's arguments and results; as there, those of the pooling are contiguous.
+
+    An image index out of range raises here instead of going on to the original, which reads whatever memory is there.
+    """
     try:
         import torchvision.extension
     except ImportError as error:
@@ -134,28 +144,40 @@ def _torchvision_kernels() -> dict[str, Callable]:
 
     from pyzoo._ext import C
     from pyzoo.ops import _common as common
-    from pyzoo.ops.nms import _nms as nms_operator
+    from pyzoo.ops.nms import _check as check_nms
+    from pyzoo.ops.nms import _kept as kept
 
     C.build_info()  # a core that does not load says so here, not at the first detection
 
+    def nms(dets, scores, iou_threshold):
+        return kept(dets, scores, None, iou_threshold, False)
+
+    def check_pooling(input, rois, spatial_scale, pooled_height, pooled_width, *_):
+        common.check_features_and_boxes("roi", "input", input, rois)
+        common.check_pooling("roi", spatial_scale, pooled_height, pooled_width)
+
+    def check_backward(grad, rois, spatial_scale, pooled_height, pooled_width, batch_size, channels, *_):
+        common.check_grad_output("roi", grad, rois, channels, pooled_height, pooled_width)
+        common.check_pooling("roi", spatial_scale, pooled_height, pooled_width)
+
+    def check_pool_backward(grad, rois, argmax, *rest):
+        check_backward(grad, rois, *rest)
+        if argmax.shape != grad.shape or argmax.dtype != torch.int32:
+            raise ValueError("argmax")
+
     def roi_align(input, rois, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-        common.check_features_and_boxes("roi_align", "input", input, rois)
-        common.check_pooling("roi_align", spatial_scale, pooled_height, pooled_width)
         output = input.new_empty(rois.shape[0], input.shape[1], pooled_height, pooled_width)
         C.roi_align_fwd_cpu([input], rois, output, [spatial_scale], sampling_ratio, aligned, None)
         return output
 
     def roi_align_backward(
-        grad, rois, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width, sampling_ratio, aligned
-    ):  # fmt: skip
-        common.check_grad_output("_roi_align_backward", grad, rois, channels, pooled_height, pooled_width)
+        grad, rois, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width, ratio, aligned
+    ):
         grad_input = grad.new_empty(batch_size, channels, height, width)
-        C.roi_align_bwd_cpu(grad, rois, [grad_input], [spatial_scale], sampling_ratio, aligned, None)
+        C.roi_align_bwd_cpu(grad, rois, [grad_input], [spatial_scale], ratio, aligned, None)
         return grad_input
 
     def roi_pool(input, rois, spatial_scale, pooled_height, pooled_width):
-        common.check_features_and_boxes("roi_pool", "input", input, rois)
-        common.check_pooling("roi_pool", spatial_scale, pooled_height, pooled_width)
         output = input.new_empty(rois.shape[0], input.shape[1], pooled_height, pooled_width)
         argmax = torch.empty_like(output, dtype=torch.int32)
         C.roi_pool_fwd_cpu(input, rois, output, argmax, spatial_scale)
@@ -163,18 +185,17 @@ def _torchvision_kernels() -> dict[str, Callable]:
 
     def roi_pool_backward(
         grad, rois, argmax, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width
-    ):  # fmt: skip
-        common.check_grad_output("_roi_pool_backward", grad, rois, channels, pooled_height, pooled_width)
+    ):
         grad_input = grad.new_empty(batch_size, channels, height, width)
         C.roi_pool_bwd_argmax_cpu(grad, rois, argmax, grad_input)
         return grad_input
 
     return {
-        "nms": nms_operator.cpu,
-        "roi_align": roi_align,
-        "_roi_align_backward": roi_align_backward,
-        "roi_pool": roi_pool,
-        "_roi_pool_backward": roi_pool_backward,
+        "nms": (partial(check_nms, "nms"), nms),
+        "roi_align": (check_pooling, roi_align),
+        "_roi_align_backward": (check_backward, roi_align_backward),
+        "roi_pool": (check_pooling, roi_pool),
+        "_roi_pool_backward": (check_pool_backward, roi_pool_backward),
     }
 
 
@@ -191,10 +212,11 @@ def patch(target: str) -> Patch:
         with pyzoo.patch("torchvision"):  # undone at the end
             detections = model(images)
 
-    With "torchvision" these are ``nms``, ``roi_align``, ``roi_pool`` and the backwards of the last two, so its functions,
-    modules and models gain, and every package built on them. Kept boxes are the same, pooled values agree to rounding.
-    float16, bfloat16 and mixed dtypes, which torchvision refuses on the CPU, work. What pyzoo refuses goes to the original.
-    Applies to all threads; patches nest, and the originals return when the last one is undone.
+    With "torchvision" these are ``nms``, ``roi_align``, ``roi_pool`` and the backwards of the last two, so its
+    functions, modules and models gain, and every package built on them. Kept boxes are the same, pooled values agree to
+    rounding. bfloat16 and mixed dtypes, which torchvision refuses on the CPU, work; an image index out of range raises
+    ValueError instead of reading stray memory. All else that pyzoo refuses goes to the original kernel. Applies to all
+    threads; patches nest, and the originals return when the last one is undone.
 
     Args:
         target: "torchvision".

@@ -1,4 +1,4 @@
-"""``python -m pyzoo.info`` or ``pyzoo info``: versions, the compiled core, operators and backends, threads. Paste it into a report.
+"""``python -m pyzoo.info`` or ``pyzoo info``: versions, the compiled core, operators and backends, threads.
 
 Nothing that is missing or broken stops it: each part that cannot be had says why.
 """
@@ -143,7 +143,7 @@ def render(info: dict[str, Any]) -> str:
     if "error" in core:
         lines += ["", core["error"]]
     else:
-        archs = core["cuda_archs"] or "none: built without CUDA (no nvcc, PYZOO_CUDA=0, or no CUDA kernels in this version)"
+        archs = core["cuda_archs"] or "none: no nvcc at build time, PYZOO_CUDA=0, or no CUDA kernels in this version"
         lines += [
             "",
             f"core         {core['file']}",

@@ -1,6 +1,6 @@
 """The operators on NumPy arrays: inference only, no torch needed. Signatures and results are those of :mod:`pyzoo.ops`.
 
-Arrays may be read-only and of any strides, byte order and alignment; features are used in place unless the last two are odd.
+Arrays may be read-only and of any strides, byte order and alignment; only an odd one of the last two costs a copy.
 Boxes and scores may also be integers, or nested lists: they count as float64.
 """
 
@@ -23,8 +23,8 @@ _EXPORTS_READ_ONLY = np.lib.NumpyVersion(np.__version__) >= "2.1.0"
 def nms(boxes: ArrayLike, scores: ArrayLike, iou_threshold: float, *, max_output: int | None = None):
     """Keeps the best boxes: each kept box suppresses those of lower score that overlap it by IoU > ``iou_threshold``.
 
-    Boxes are taken by score descending, NaN first, equal scores by index. The overlap is inter / (area + area - inter) in the
-    dtype of ``boxes``, float16 widened to float32, and is compared in double.
+    Boxes are taken by score descending, NaN first, equal scores by index. The overlap is inter / (area + area - inter)
+    in the dtype of ``boxes``, float16 widened to float32, and is compared in double.
 
     Args:
         boxes: [N, 4] of (x1, y1, x2, y2). With ``max_output`` also [B, N, 4]: B independent problems in one call.
@@ -33,8 +33,8 @@ def nms(boxes: ArrayLike, scores: ArrayLike, iou_threshold: float, *, max_output
         max_output: keep at most so many boxes and return arrays of known shape.
 
     Returns:
-        int64 array [n] of the kept indices by descending score. With ``max_output=k``, (array [k] padded with -1, number kept),
-        or (array [B, k], array [B]).
+        int64 array [n] of the kept indices by descending score. With ``max_output=k``, (array [k] padded with -1,
+        number kept), or (array [B, k], array [B]).
 
     Raises:
         TypeError: ``boxes`` or ``scores`` are not numbers.
@@ -48,8 +48,8 @@ def batched_nms(
 ):
     """:func:`nms` of each class by itself: boxes of different ``idxs`` never suppress each other.
 
-    As in torchvision, up to 1000 float32 or float64 boxes have class i moved by i * (boxes.max() + 1) instead, so that overlaps
-    round as there.
+    As in torchvision, up to 1000 float32 or float64 boxes have class i moved by i * (boxes.max() + 1) instead, so that
+    overlaps round as there.
 
     Args:
         boxes, scores, iou_threshold, max_output: as in :func:`nms`.
@@ -59,7 +59,7 @@ def batched_nms(
         As :func:`nms`.
 
     Raises:
-        TypeError, ValueError: as :func:`nms`; also when ``idxs`` are not whole numbers or not of the shape of ``scores``.
+        TypeError, ValueError: as :func:`nms`; also when ``idxs`` are not whole numbers or not shaped like ``scores``.
     """
     return _nms("batched_nms", boxes, scores, _whole("batched_nms", "idxs", idxs), iou_threshold, max_output)
 
@@ -75,8 +75,8 @@ def roi_align(
     """Average-pools each box on a regular grid of bilinear samples (Mask R-CNN); torchvision's signature and semantics.
 
     Args:
-        input: features [N, C, H, W]; float32, float64 or float16. A channels-last view, ``nhwc.transpose(0, 3, 1, 2)``, is
-            used as such.
+        input: features [N, C, H, W]; float32, float64 or float16. A channels-last view,
+            ``nhwc.transpose(0, 3, 1, 2)``, is used as such.
         boxes: [K, 5] of (index of the image, x1, y1, x2, y2), or a list with one [L, 4] for each image.
         output_size: bins as (height, width), or one int for both.
         spatial_scale: what box coordinates are multiplied by to become pixels of ``input``.
@@ -102,7 +102,7 @@ def roi_pool(
     output_size: int | Sequence[int],
     spatial_scale: float = 1.0,
 ) -> NDArray:
-    """Max-pools each box, rounded to whole pixels, into a grid of bins (Fast R-CNN); torchvision's signature and semantics.
+    """Max-pools each box, rounded to whole pixels, into a grid of bins (Fast R-CNN), as torchvision does.
 
     Arguments, result and errors are those of :func:`roi_align`.
     """
@@ -116,7 +116,7 @@ def roi_pool(
 
 
 def _exportable(x: NDArray) -> NDArray:
-    """``x``, or a copy of it where DLPack cannot describe ``x``: odd byte order or alignment, or read-only in old NumPy."""
+    """``x``, or a copy where DLPack cannot describe it: odd byte order or alignment, or read-only in old NumPy."""
     whole_strides = all(stride % x.itemsize == 0 for stride in x.strides)
     if x.dtype.isnative and x.flags.aligned and whole_strides and (x.flags.writeable or _EXPORTS_READ_ONLY):
         return x
@@ -156,7 +156,8 @@ def _nms(op: str, boxes, scores, idxs: NDArray | None, iou_threshold: float, max
         raise ValueError(f"{op}: iou_threshold must not be NaN")
     if max_output is not None and max_output < 0:
         raise ValueError(f"{op}: max_output must not be negative, got {max_output}")
-    shift_classes = idxs is not None and boxes.shape[-2] * 4 <= 4000 and boxes.dtype != np.float16  # as in pyzoo.ops.nms
+    # As in pyzoo.ops.nms:
+    shift_classes = idxs is not None and boxes.shape[-2] * 4 <= 4000 and boxes.dtype != np.float16
     keep = np.empty((*boxes.shape[:-2], boxes.shape[-2] if max_output is None else max_output), np.int64)
     count = C.nms_cpu(boxes, scores, idxs, iou_threshold, keep, shift_classes)
     if max_output is None:
@@ -177,7 +178,7 @@ def _pooling(op: str, input, boxes, output_size, spatial_scale) -> tuple[NDArray
     boxes = _rois(op, boxes)
     height, width = _pair(op, output_size)
     input = _exportable(input)
-    images, channels = input.shape[:2]
+    channels = input.shape[1]
     channels_last = channels > 1 and input.strides[1] == input.itemsize and not input.flags.c_contiguous
     if channels_last:
         output = np.empty((len(boxes), height, width, channels), input.dtype).transpose(0, 3, 1, 2)
@@ -205,7 +206,7 @@ def _rois(op: str, boxes) -> NDArray:
 
 
 def _is_list_of_boxes(boxes) -> bool:
-    """Whether ``boxes`` is a list with an array (or nested list) for each image, not nested lists of the form [K, 5]."""
+    """Whether ``boxes`` is a list with an array (or nested list) for each image, not a nested list of rows of five."""
     return isinstance(boxes, (list, tuple)) and all(np.ndim(each) != 1 or np.size(each) == 0 for each in boxes)
 
 

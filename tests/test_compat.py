@@ -1,4 +1,4 @@
-"""pyzoo.compat against the published semantics of mmcv.ops and detectron2.layers, written down again here as plain formulas."""
+"""pyzoo.compat against the published semantics of mmcv.ops and detectron2.layers, here as plain formulas."""
 
 import inspect
 import math
@@ -63,7 +63,7 @@ def test_mmcv_nms(offset, threshold):
 
 
 def test_mmcv_nms_compares_in_float32():
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 3.0]])  # they overlap by float32(0.3), which is > 0.3
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 3.0]])  # overlap: float32(0.3), which is > 0.3
     scores = torch.tensor([0.9, 0.8])
     assert torchvision.ops.nms(boxes, scores, 0.3).tolist() == [0]
     assert mmcv_ops.nms(boxes, scores, 0.3)[1].tolist() == greedy_nms(boxes, scores, 0.3, 0) == [0, 1]
@@ -111,7 +111,8 @@ def test_mmcv_batched_nms_options():
     boxes, scores, idxs = random_boxes(50), random_scores(50), torch.arange(50) % 3
     agnostic = mmcv_ops.nms(boxes, scores, 0.4)[1].tolist()
     assert mmcv_ops.batched_nms(boxes, scores, idxs, {"iou_thr": 0.4}, class_agnostic=True)[1].tolist() == agnostic
-    assert mmcv_ops.batched_nms(boxes, scores, idxs, {"iou_threshold": 0.4, "class_agnostic": True})[1].tolist() == agnostic
+    cfg = {"iou_threshold": 0.4, "class_agnostic": True}
+    assert mmcv_ops.batched_nms(boxes, scores, idxs, cfg)[1].tolist() == agnostic
     dets, keep = mmcv_ops.batched_nms(boxes, scores, idxs, None)
     assert keep.tolist() == scores.argsort(descending=True).tolist()
     assert torch.equal(dets[:, 4], scores[keep])
@@ -246,13 +247,16 @@ def test_detectron2_nms():
 # --------------------------------------------------------------------------------------------------------- signatures
 
 
+MMCV_ROI_ALIGN = "spatial_scale=1.0, sampling_ratio=0, pool_mode='avg', aligned=True"
+
+
 @pytest.mark.parametrize(
     ("function", "signature"),
     [
         (mmcv_ops.nms, "boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1"),
         (mmcv_ops.batched_nms, "boxes, scores, idxs, nms_cfg, class_agnostic=False"),
-        (mmcv_ops.roi_align, "input, rois, output_size, spatial_scale=1.0, sampling_ratio=0, pool_mode='avg', aligned=True"),
-        (mmcv_ops.RoIAlign, "output_size, spatial_scale=1.0, sampling_ratio=0, pool_mode='avg', aligned=True, use_torchvision=False"),
+        (mmcv_ops.roi_align, f"input, rois, output_size, {MMCV_ROI_ALIGN}"),
+        (mmcv_ops.RoIAlign, f"output_size, {MMCV_ROI_ALIGN}, use_torchvision=False"),
         (mmcv_ops.roi_pool, "input, rois, output_size, spatial_scale=1.0"),
         (mmcv_ops.RoIPool, "output_size, spatial_scale=1.0"),
         (detectron2_layers.ROIAlign, "output_size, spatial_scale, sampling_ratio, aligned=True"),
@@ -260,7 +264,7 @@ def test_detectron2_nms():
         (detectron2_layers.batched_nms, "boxes, scores, idxs, iou_threshold"),
         (detectron2_layers.ROIPool, "output_size, spatial_scale"),
     ],
-)  # fmt: skip
+)
 def test_signatures(function, signature):
     parameters = inspect.signature(function).parameters.values()
     written = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)

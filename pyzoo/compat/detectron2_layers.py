@@ -1,7 +1,7 @@
 """detectron2's RoI layers and suppression: ``from pyzoo.compat.detectron2_layers import ROIAlign, batched_nms``.
 
-The names and signatures of detectron2.layers (and of the RoIPool that its poolers take from torchvision). Unlike there, boxes
-keep their dtype when the features are of a smaller one, and results keep the memory format of the features.
+The names and signatures of detectron2.layers (and of the RoIPool that its poolers take from torchvision). Unlike there,
+boxes keep their dtype when the features are of a smaller one, and results keep the memory format of the features.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """mmcv.ops's RoI operators and suppression: ``from pyzoo.compat.mmcv_ops import RoIAlign, batched_nms``.
 
-The names, signatures and results of mmcv 2, from its published sources. Two things differ from torchvision there: an overlap is
-compared with the threshold rounded to float32, and RoIPool does not round boxes to whole pixels.
+The names, signatures and results of mmcv 2, from its published sources. Two things differ from torchvision there: an
+overlap is compared with the threshold rounded to float32, and RoIPool does not round boxes to whole pixels.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def nms(
         TypeError, ValueError: as :func:`pyzoo.ops.nms`; also for another ``offset``.
     """
     if isinstance(boxes, np.ndarray):
-        dets, keep = nms(torch.from_numpy(boxes), torch.as_tensor(scores), iou_threshold, offset, score_threshold, max_num)
+        dets, keep = nms(
+            torch.from_numpy(boxes), torch.as_tensor(scores), iou_threshold, offset, score_threshold, max_num
+        )
         return dets.numpy(), keep.numpy()
     keep = _kept(boxes, scores, None, iou_threshold, offset, score_threshold, max_num)
     return torch.cat([boxes[keep], scores[keep, None]], dim=1), keep
@@ -52,14 +54,15 @@ def nms(
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, nms_cfg: dict | None, class_agnostic: bool = False):
     """:func:`nms` of each class by itself.
 
-    As in mmcv, fewer than ``split_thr`` boxes have class i moved by i * (boxes.max() + 1); more have their classes compared.
+    As in mmcv, fewer than ``split_thr`` boxes have class i moved by i * (boxes.max() + 1); more have their classes
+    compared.
 
     Args:
         boxes: Tensor[N, 4].
         scores: Tensor[N].
         idxs: Tensor[N] of classes.
-        nms_cfg: arguments of :func:`nms`, with iou_thr as another name of iou_threshold; also ``type`` ("nms"), ``split_thr``
-            (10000) and ``class_agnostic``. None: only sort by score.
+        nms_cfg: arguments of :func:`nms`, with iou_thr as another name of iou_threshold; also ``type`` ("nms"),
+            ``split_thr`` (10000) and ``class_agnostic``. None: only sort by score.
         class_agnostic: take all boxes as of one class.
 
     Returns:
@@ -114,7 +117,7 @@ def roi_align(
     pool_mode: str = "avg",
     aligned: bool = True,
 ) -> Tensor:
-    """:func:`pyzoo.ops.roi_align` with mmcv's defaults and a second ``pool_mode``: "max" takes the largest sample of a bin.
+    """:func:`pyzoo.ops.roi_align` with mmcv's defaults, and ``pool_mode`` "max": the largest sample of a bin.
 
     Raises:
         TypeError, ValueError: as :func:`pyzoo.ops.roi_align`; also for another ``pool_mode``, and for "max" with
@@ -159,16 +162,18 @@ class RoIAlign(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, sampling_ratio={self.sampling_ratio}, "
-            f"pool_mode={self.pool_mode}, aligned={self.aligned}, use_torchvision={self.use_torchvision}"
+            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, pool_mode={self.pool_mode}, aligned={self.aligned}, "
+            f"use_torchvision={self.use_torchvision}"
         )
 
 
 def roi_pool(input: Tensor, rois: Tensor, output_size: int | Sequence[int], spatial_scale: float = 1.0) -> Tensor:
-    """Max-pools each box into a grid of bins, with bins cut at fractions of a pixel as in mmcv: neighbours may share pixels.
+    """Max-pools each box into a grid of bins that are cut at fractions of a pixel, as in mmcv: neighbours share pixels.
 
     A box reaches from x1 * spatial_scale to (x2 + 1) * spatial_scale; bin p of width w takes the pixels from
-    floor(x1 * spatial_scale + p * w) to ceil(x1 * spatial_scale + (p + 1) * w). An empty bin gives 0. Differentiable in ``input``.
+    floor(x1 * spatial_scale + p * w) to ceil(x1 * spatial_scale + (p + 1) * w). An empty bin gives 0. Differentiable in
+    ``input``.
 
     Args:
         input: Tensor[N, C, H, W].
