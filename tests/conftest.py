@@ -27,7 +27,9 @@ CAPABILITIES = (  # the columns of the matrix, and the values of @pytest.mark.ca
 
 
 def pytest_addoption(parser):
-    parser.addoption("--conformance", action="store_true", help="write docs/conformance.md, whatever subset of tests runs")
+    parser.addoption(
+        "--conformance", action="store_true", help="write docs/conformance.md, whatever subset of tests runs"
+    )
 
 
 def pytest_configure(config):
@@ -80,7 +82,13 @@ def _conformance_page() -> str:
     ]
     ops = sorted({key[0] for key in CONFORMANCE})
     for op in ops:
-        lines += ["", f"## {op}", "", f"| dtype | layout | {' | '.join(CAPABILITIES)} |", "|---" * (2 + len(CAPABILITIES)) + "|"]
+        lines += [
+            "",
+            f"## {op}",
+            "",
+            f"| dtype | layout | {' | '.join(CAPABILITIES)} |",
+            "|---" * (2 + len(CAPABILITIES)) + "|",
+        ]
         for dtype, layout in dict.fromkeys(key[1:3] for key in CONFORMANCE if key[0] == op):
             cells = []
             for capability in CAPABILITIES:
@@ -96,7 +104,8 @@ def _conformance_page() -> str:
 
 @pytest.fixture
 def poison():
-    """Fills what the kernels are given to write with NaN or the largest integer, so that what they leave unwritten shows."""
+    """Fills what the kernels are given to write with NaN or the largest integer, so that what they leave unwritten
+    shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

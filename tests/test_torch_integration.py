@@ -220,7 +220,9 @@ def test_gradient_checkpointing():
     x, rois = torch.rand(1, 2, 8, 8, requires_grad=True), inputs.random_rois(4, 1, 8, 8)
 
     def f(x):
-        return ops.roi_pool(ops.roi_align(x, rois, 8).flatten(0, 1)[None], rois[:, :5] * torch.tensor([0, 1, 1, 1, 1]), 2)
+        return ops.roi_pool(
+            ops.roi_align(x, rois, 8).flatten(0, 1)[None], rois[:, :5] * torch.tensor([0, 1, 1, 1, 1]), 2
+        )
 
     (plain,) = torch.autograd.grad(f(x).sum(), x)
     (checkpointed,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False).sum(), x)
@@ -230,7 +232,9 @@ def test_gradient_checkpointing():
 # ------------------------------------------------------------------------------------------------------------ overhead
 
 
-@pytest.mark.parametrize("case", ["nms", "batched_nms", "roi_align", "roi_pool", "roi_align backward", "roi_pool backward"])
+@pytest.mark.parametrize(
+    "case", ["nms", "batched_nms", "roi_align", "roi_pool", "roi_align backward", "roi_pool backward"]
+)
 def test_call_overhead_is_not_above_torchvisions(case):
     """On tiny input, in turns, the least time of each: what else the machine does only ever adds."""
     vision = pytest.importorskip("torchvision").ops

@@ -1,10 +1,11 @@
 """What the ops share: registration with torch, argument checks, boxes, memory formats and the folding for vmap.
 
-Each op is ``torch.ops.pyzoo.<name>``. Its CPU kernel is Python that allocates the outputs and calls the compiled core. Autograd,
-forward-mode AD, ``torch.func`` and ``vmap`` are rules of the operator itself, so the bare operator has them too.
+Each op is ``torch.ops.pyzoo.<name>``. Its CPU kernel is Python that allocates the outputs and calls the compiled core.
+Autograd, forward-mode AD, ``torch.func`` and ``vmap`` are rules of the operator itself, so the bare operator has them
+too.
 
-Autocast changes nothing: the kernels take features and boxes of different dtypes and accumulate in float32 or better, so
-features stay in the dtype they come in, which is the dtype of the output, and boxes never lose precision.
+Autocast changes nothing: the kernels take features and boxes of different dtypes and accumulate in float32 or better,
+so features stay in the dtype they come in, which is the dtype of the output, and boxes never lose precision.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 lib = torch.library.Library("pyzoo", "DEF")
 
-# ---------------------------------------------------------------------------------------------------------- registration
+# ------------------------------------------------------------------------------------------------------- registration
 
 _dispatch_keys = torch._C._dispatch_keys
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -42,8 +43,8 @@ _NOT_PLAIN = ~(_PLAIN_TENSOR | _PLAIN_STATE)
 def _is_plain(first: Tensor, boxes: Tensor) -> bool:
     """Nothing but autograd stands between the caller and the CPU kernel.
 
-    The keys of a tensor tell a plain one from a sparse, negated, batched, functional or wrapped one and from one of another
-    device; those of the thread tell of modes, transforms and tracing.
+    The keys of a tensor tell a plain one from a sparse, negated, batched, functional or wrapped one and from one of
+    another device; those of the thread tell of modes, transforms and tracing.
     """
     return (
         type(first) is Tensor
@@ -61,16 +62,17 @@ def _wants_derivative(first: Tensor | list[Tensor]) -> bool:
 class Function(_SingleLevelFunction):
     """Base of the derivative rules: the part of ``torch.autograd.Function`` that acts on one level of ``torch.func``.
 
-    That is the part which fits below the dispatcher, where the level has already been chosen. It is also four times faster to
-    call than ``torch.autograd.Function`` with ``setup_context``, which binds the signature in Python at each call.
+    That is the part which fits below the dispatcher, where the level has already been chosen. It is also four times
+    faster to call than ``torch.autograd.Function`` with ``setup_context``, which binds the signature in Python at each
+    call.
     """
 
 
 class Operator:
-    """``torch.ops.pyzoo.<name>``: schema, CPU kernel, fake implementation, vmap rule and, after ``differentiate``, autograd.
+    """``torch.ops.pyzoo.<name>``: schema, CPU kernel, fake implementation, vmap rule and, if it has one, derivative.
 
-    ``self.op`` is the operator. Calling the object does the same, but of an operator with a derivative goes straight to the
-    kernel where nothing could tell the difference: the trip through the dispatcher is a third of a call on tiny input.
+    ``self.op`` is the operator. Calling the object does the same, but for an operator with a derivative goes straight
+    to the kernel where nobody could tell: the trip through the dispatcher is a quarter of a call on tiny input.
     """
 
     def __init__(self, schema: str, *, cpu: Callable, fake: Callable, vmap: Callable):
@@ -94,7 +96,7 @@ class Operator:
         return (self.apply if _wants_derivative(first) else self.cpu)(first, boxes, *rest)
 
     def differentiate(self, function: type[Function]) -> None:
-        """Registers the derivative in the first argument, a tensor or a list of tensors; the second is boxes, which get none.
+        """Registers the derivative in the first argument, a tensor or a list of tensors. The second, boxes, has none.
 
         ``function.apply`` takes the arguments of the operator; a list comes last and spread out, as autograd needs it.
         """
@@ -130,7 +132,7 @@ class Operator:
                 return self.op(first, boxes, *rest)
 
 
-# ---------------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------------------------- checks
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -168,14 +170,16 @@ def check_pooling(op: str, spatial_scale: float, pooled_height: int, pooled_widt
         raise ValueError(f"{op}: output_size must be at least 1 x 1, got {pooled_height} x {pooled_width}")
 
 
-def check_grad_output(op: str, grad_output: Tensor, boxes: Tensor, channels: int, pooled_height: int, pooled_width: int) -> None:
+def check_grad_output(
+    op: str, grad_output: Tensor, boxes: Tensor, channels: int, pooled_height: int, pooled_width: int
+) -> None:
     check_features_and_boxes(op, "grad_output", grad_output, boxes)
     expected = (boxes.shape[0], channels, pooled_height, pooled_width)
     if grad_output.shape != expected:
         raise ValueError(f"{op}: grad_output must have shape {list(expected)}, got {list(grad_output.shape)}")
 
 
-# ------------------------------------------------------------------------------------------------------------- arguments
+# ---------------------------------------------------------------------------------------------------------- arguments
 
 
 def pair(op: str, output_size) -> tuple[int, int]:
@@ -212,11 +216,11 @@ def _at_least_float32(boxes: Tensor) -> Tensor:
     return boxes if boxes.dtype in (torch.float32, torch.float64) else boxes.float()
 
 
-# --------------------------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------------------------ outputs
 
 
 def prefers_channels_last(x: Tensor) -> bool:
-    """Whether the channels of one pixel of ``x`` [N, C, H, W] lie next to each other and a pixel's neighbours do not."""
+    """Whether in ``x`` [N, C, H, W] the channels of a pixel lie next to each other, and neighbouring pixels do not."""
     return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
 
 
@@ -226,19 +230,23 @@ def empty(size: Sequence[int], like: Tensor, channels_last: bool, dtype: torch.d
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def new_pooled(op: str, x: Tensor, boxes: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, dtype=None):
-    """The tensor that ``op`` pools into, like ``x`` in dtype and layout; what fake implementation and kernel begin with."""
+def new_pooled(
+    op: str, x: Tensor, boxes: Tensor, spatial_scale: float, pooled_height: int, pooled_width: int, dtype=None
+):
+    """The tensor that ``op`` pools into, like ``x`` in dtype and layout: the common part of its kernel and its fake."""
     check_features_and_boxes(op, "input", x, boxes)
     check_pooling(op, spatial_scale, pooled_height, pooled_width)
     return empty((boxes.shape[0], x.shape[1], pooled_height, pooled_width), x, prefers_channels_last(x), dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------------ vmap
-# One call with the extra dimension V folded away: into the channels when all entries share the boxes, else into the boxes, and
-# when each entry has its own features too, into the images.
+# --------------------------------------------------------------------------------------------------------------- vmap
+# One call with the extra dimension V folded away: into the channels when all entries share the boxes, else into the
+# boxes, and when each entry has its own features too, into the images.
 
 
-def vmap_pool(call: Callable, size: int, inputs: Sequence[Tensor], dims: Sequence, boxes: Tensor, boxes_dim: int | None):
+def vmap_pool(
+    call: Callable, size: int, inputs: Sequence[Tensor], dims: Sequence, boxes: Tensor, boxes_dim: int | None
+):
     """The vmap rule of a pooling op: ``call(inputs, boxes)`` -> tensors [K, C, PH, PW]."""
     if boxes_dim is None:
         return _unfold(call([_fold_channels(x, d, size) for x, d in zip(inputs, dims, strict=True)], boxes), 1, size)
@@ -249,7 +257,14 @@ def vmap_pool(call: Callable, size: int, inputs: Sequence[Tensor], dims: Sequenc
 
 
 def vmap_pool_backward(
-    call: Callable, size: int, grads: Sequence[Tensor], dims: Sequence, boxes: Tensor, boxes_dim, images: int, channels: int
+    call: Callable,
+    size: int,
+    grads: Sequence[Tensor],
+    dims: Sequence,
+    boxes: Tensor,
+    boxes_dim,
+    images: int,
+    channels: int,
 ):
     """The vmap rule of its backward: ``call(grads, boxes, images, channels)`` -> tensors [N, C, H, W]."""
     if boxes_dim is None:
@@ -272,7 +287,7 @@ def _fold_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _fold_boxes(boxes: Tensor, dim: int, images: int | None) -> Tensor:
-    """[K, 5] with V at ``dim`` -> [V * K, 5]. With ``images``, entry v looks into images [v * images, (v + 1) * images)."""
+    """[K, 5] with V at ``dim`` -> [V * K, 5]. If each entry has so many ``images``, entry v starts at v * images."""
     boxes = boxes.movedim(dim, 0)
     if images is not None:
         boxes = _at_least_float32(boxes)
@@ -285,7 +300,7 @@ def _fold_boxes(boxes: Tensor, dim: int, images: int | None) -> Tensor:
 
 
 def _unfold(outputs: Tensor | Sequence[Tensor], dim: int, size: int):
-    """Splits V off ``dim`` of each output; returns the outputs and where V is, in the same structure."""
+    """Splits V off ``dim`` of each output; returns the outputs and where V is now."""
     if isinstance(outputs, Tensor):
         return outputs.unflatten(dim, (size, outputs.shape[dim] // size)), dim
-    return type(outputs)(x.unflatten(dim, (size, x.shape[dim] // size)) for x in outputs), type(outputs)([dim] * len(outputs))
+    return [_unfold(x, dim, size)[0] for x in outputs], [dim] * len(outputs)

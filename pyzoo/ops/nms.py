@@ -11,7 +11,7 @@ from pyzoo._ext import C
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Operator
 
-# ------------------------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------------------------- reference
 
 
 def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_output: int | None = None):
@@ -70,7 +70,7 @@ def _reference_of_each(reference, args, iou_threshold: float, max_output: int):
     return torch.stack(keep)[: len(entries)], torch.stack(count)[: len(entries)]
 
 
-# ------------------------------------------------------------------------------------------------------------------- nms
+# ---------------------------------------------------------------------------------------------------------------- nms
 
 
 def _check(op, boxes, scores, iou_threshold, *, batched=False):
@@ -181,20 +181,21 @@ _nms_padded = Operator(
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_output: int | None = None):
     """Keeps the best boxes: each kept box suppresses those of lower score that overlap it by IoU > ``iou_threshold``.
 
-    Boxes are taken by score descending, NaN first, equal scores by index. The overlap is inter / (area + area - inter) in the
-    dtype of ``boxes``, float16 and bfloat16 widened to float32, and is compared in double. On equal input the kept indices are
-    torchvision's; they do not depend on the number of threads.
+    Boxes are taken by score descending, NaN first, equal scores by index. The overlap is inter / (area + area - inter)
+    in the dtype of ``boxes``, float16 and bfloat16 widened to float32, and is compared in double. On equal input the
+    kept indices are torchvision's; they do not depend on the number of threads.
 
     Args:
-        boxes: Tensor[N, 4] of (x1, y1, x2, y2); float32, float64, float16 or bfloat16. With ``max_output`` also [B, N, 4]:
-            B independent problems in one call.
+        boxes: Tensor[N, 4] of (x1, y1, x2, y2); float32, float64, float16 or bfloat16. With ``max_output`` also
+            [B, N, 4]: B independent problems in one call.
         scores: Tensor[N] (or [B, N]), any floating dtype.
         iou_threshold: overlap above which a box is suppressed.
-        max_output: keep at most so many boxes and return tensors of static shape: for ``torch.export``, CUDA graphs, ``vmap``.
+        max_output: keep at most so many boxes and return tensors of static shape: for ``torch.export``, CUDA graphs,
+            ``vmap``.
 
     Returns:
-        int64 Tensor[n] of the kept indices by descending score. With ``max_output=k``, (Tensor[k] padded with -1, number kept),
-        or (Tensor[B, k], Tensor[B]).
+        int64 Tensor[n] of the kept indices by descending score. With ``max_output=k``, (Tensor[k] padded with -1,
+        number kept), or (Tensor[B, k], Tensor[B]).
 
     Raises:
         TypeError: ``boxes`` or ``scores`` are not of a floating dtype.
@@ -207,7 +208,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_output: int 
     return _nms_padded.op(boxes, scores, iou_threshold, max_output)
 
 
-# ----------------------------------------------------------------------------------------------------------- batched_nms
+# -------------------------------------------------------------------------------------------------------- batched_nms
 
 
 def _shifts_classes(boxes: Tensor) -> bool:
@@ -263,23 +264,22 @@ _batched_nms = Operator(
     vmap=_no_vmap,
 )
 _batched_nms_padded = Operator(
-    "batched_nms_padded(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, SymInt max_output) -> (Tensor, Tensor)",
+    "batched_nms_padded(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, SymInt max_output)"
+    " -> (Tensor, Tensor)",
     cpu=_batched_nms_padded_cpu,
     fake=_batched_nms_padded_fake,
     vmap=_batched_nms_padded_vmap,
 )
 
 
-def batched_nms(
-    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_output: int | None = None
-):
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_output: int | None = None):
     """:func:`nms` of each class by itself: boxes of different ``idxs`` never suppress each other.
 
-    On equal input the kept indices are torchvision's, rounding included: for up to 1000 float32 or float64 boxes torchvision
-    moves class i by i * (boxes.max() + 1) and runs one nms, and an overlap of moved boxes can round to the other side of the
-    threshold. So this does the same there, and compares classes otherwise. float16 and bfloat16 boxes, which torchvision does
-    not take on the CPU, always have their classes compared. Equal scores are in the order of their indices; beyond 1000 boxes
-    torchvision's sort is unstable and leaves them in any order.
+    On equal input the kept indices are torchvision's, rounding included: for up to 1000 float32 or float64 boxes
+    torchvision moves class i by i * (boxes.max() + 1) and runs one nms, and an overlap of moved boxes can round to the
+    other side of the threshold. So this does the same there, and compares classes otherwise. float16 and bfloat16
+    boxes, which torchvision does not take on the CPU, always have their classes compared. Equal scores are in the order
+    of their indices; beyond 1000 boxes torchvision's sort is unstable and leaves them in any order.
 
     Args:
         boxes, scores, iou_threshold, max_output: as in :func:`nms`.
@@ -289,7 +289,8 @@ def batched_nms(
         As :func:`nms`.
 
     Raises:
-        TypeError, ValueError: as :func:`nms`; also when ``idxs`` are not whole numbers or not of the shape of ``scores``.
+        TypeError, ValueError: as :func:`nms`; also when ``idxs`` are not whole numbers or not of the shape of
+            ``scores``.
     """
     common.check_tensor("batched_nms", "boxes", boxes)
     common.check_tensor("batched_nms", "scores", scores)

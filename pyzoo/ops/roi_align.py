@@ -1,7 +1,8 @@
 """RoIAlign, on one feature map and on a pyramid of them.
 
-He, Gkioxari, Dollár, Girshick, "Mask R-CNN", 2017, section 3 (https://arxiv.org/abs/1703.06870); the levels of a pyramid after Lin
-et al., "Feature Pyramid Networks for Object Detection", 2017, equation 1 (https://arxiv.org/abs/1612.03144).
+He, Gkioxari, Dollár, Girshick, "Mask R-CNN", 2017, section 3 (https://arxiv.org/abs/1703.06870); the levels of a
+pyramid after Lin et al., "Feature Pyramid Networks for Object Detection", 2017, equation 1
+(https://arxiv.org/abs/1612.03144).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pyzoo._ext import C
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 
-# ------------------------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------------------------- reference
 
 
 def _geometry_dtype(input: Tensor, boxes: Tensor) -> torch.dtype:
@@ -27,8 +28,9 @@ def _geometry_dtype(input: Tensor, boxes: Tensor) -> torch.dtype:
 def _axis_samples(low: Tensor, high: Tensor, bins: int, size: int, sampling_ratio: int, aligned: bool):
     """The samples of one box along one axis that lie on a map of ``size`` pixels.
 
-    Returns for each sample its bin, its two pixels and their weights, and the number of samples in a bin, lost ones included.
-    The operations and their order are torchvision's, since the number of samples and the edge are discontinuous in them.
+    Returns for each sample its bin, its two pixels and their weights, and the number of samples in a bin, lost ones
+    included. The operations and their order are torchvision's, since the number of samples and the edge are
+    discontinuous in them.
     """
     start = low - (0.5 if aligned else 0.0)
     length = (high - (0.5 if aligned else 0.0)) - start
@@ -66,8 +68,8 @@ def roi_align_reference(
 ) -> Tensor:
     """:func:`roi_align` in plain PyTorch: the specification of the kernels. Differentiable in ``input``.
 
-    ``dtype`` is that of the interpolation, the sums and the result; by default they happen in float32 or better and the result
-    has the dtype of ``input``. The sampling points follow from the dtypes of ``input`` and ``boxes`` alone.
+    ``dtype`` is that of the interpolation, the sums and the result; by default they happen in float32 or better and the
+    result has the dtype of ``input``. The sampling points follow from the dtypes of ``input`` and ``boxes`` alone.
     """
     boxes = common.rois_from_boxes("roi_align_reference", boxes, input)
     geometry = _geometry_dtype(input, boxes)
@@ -114,7 +116,7 @@ def multiscale_roi_align_reference(
     x1, y1, x2, y2 = boxes[:, 1:].to(_geometry_dtype(inputs[0], boxes)).unbind(1)
     size = ((x2 - x1) * (y2 - y1)).sqrt()
     level = (canonical_level + (size / canonical_scale).log2() + 1e-6).floor() - _first_level(spatial_scales)
-    level = level.clamp(0, len(inputs) - 1)  # NaN, of a box with one side negative, belongs to no level and pools to zero
+    level = level.clamp(0, len(inputs) - 1)  # NaN, of a box with one negative side, is no level: it pools to zero
     height, width = common.pair("multiscale_roi_align_reference", output_size)
     out = inputs[0].new_zeros(len(boxes), inputs[0].shape[1], height, width, dtype=dtype or inputs[0].dtype)
     for i, (input, scale) in enumerate(zip(inputs, spatial_scales, strict=True)):
@@ -124,7 +126,7 @@ def multiscale_roi_align_reference(
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------- roi_align
+# ---------------------------------------------------------------------------------------------------------- roi_align
 
 
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
@@ -177,9 +179,9 @@ def _backward_vmap(info, in_dims, grad_output, boxes, scale, pooled_height, pool
 
 
 _roi_align_backward = Operator(  # torchvision's schema and the memory format
-    "_roi_align_backward(Tensor grad_output, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
-    "SymInt batch_size, SymInt channels, SymInt height, SymInt width, SymInt sampling_ratio, bool aligned, "
-    "bool channels_last) -> Tensor",
+    "_roi_align_backward(Tensor grad_output, Tensor boxes, float spatial_scale, SymInt pooled_height, "
+    "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width, SymInt sampling_ratio, "
+    "bool aligned, bool channels_last) -> Tensor",
     cpu=_backward_cpu,
     fake=_backward_fake,
     vmap=_backward_vmap,
@@ -239,15 +241,16 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> Tensor:
-    """Average-pools each box on a regular grid of bilinear samples (Mask R-CNN), with torchvision's signature and semantics.
+    """Average-pools each box on a regular grid of bilinear samples (Mask R-CNN), as ``torchvision.ops.roi_align`` does.
 
-    A bin is the mean of its samples; a sample outside [-1, H] x [-1, W] counts as zero, as does every sample of a box with a
-    non-finite side. Differentiable in ``input`` any number of times; deterministic; the same bits for any number of threads.
+    A bin is the mean of its samples; a sample outside [-1, H] x [-1, W] counts as zero, as does every sample of a box
+    with a non-finite side. Differentiable in ``input`` any number of times; deterministic; the same bits for any number
+    of threads.
 
     Args:
         input: features, Tensor[N, C, H, W] of any strides; float32, float64, float16 or bfloat16.
-        boxes: Tensor[K, 5] of (index of the image, x1, y1, x2, y2), or a list with one Tensor[L, 4] for each image. Their
-            dtype need not be that of ``input``: the sampling points are computed in float32, in float64 if either is.
+        boxes: Tensor[K, 5] of (index of the image, x1, y1, x2, y2), or a list with one Tensor[L, 4] for each image.
+            Their dtype need not be that of ``input``: sampling points are computed in float32, in float64 if either is.
         output_size: bins as (height, width), or one int for both.
         spatial_scale: what box coordinates are multiplied by to become pixels of ``input``.
         sampling_ratio: samples per bin and axis; if <= 0, ceil(size of the bin in pixels).
@@ -288,7 +291,7 @@ class RoIAlign(nn.Module):
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- pyramid
+# ------------------------------------------------------------------------------------------------------------ pyramid
 
 
 def _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales):
@@ -296,7 +299,9 @@ def _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_s
     if not inputs:
         raise ValueError(f"{op}: inputs must hold at least one feature map")
     if len(inputs) != len(spatial_scales):
-        raise ValueError(f"{op}: spatial_scales must be one for each of the {len(inputs)} inputs, got {len(spatial_scales)}")
+        raise ValueError(
+            f"{op}: spatial_scales must be one for each of the {len(inputs)} inputs, got {len(spatial_scales)}"
+        )
     first = inputs[0]
     for i, (x, scale) in enumerate(zip(inputs, spatial_scales, strict=True)):
         common.check_features_and_boxes(op, f"inputs[{i}]", x, boxes)
@@ -317,11 +322,9 @@ def _multiscale_fake(inputs, boxes, pooled_height, pooled_width, spatial_scales,
     return _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
 
 
-def _multiscale_cpu(
-    inputs, boxes, pooled_height, pooled_width, spatial_scales, sampling_ratio, aligned, canonical_scale, canonical_level
-):
+def _multiscale_cpu(inputs, boxes, pooled_height, pooled_width, spatial_scales, sampling_ratio, aligned, *canonical):
     output = _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
-    level_map = _level_map(spatial_scales, canonical_scale, canonical_level)
+    level_map = _level_map(spatial_scales, *canonical)
     C.roi_align_fwd_cpu(inputs, boxes, output, spatial_scales, sampling_ratio, aligned, level_map)
     return output
 
@@ -334,48 +337,33 @@ def _multiscale_vmap(info, in_dims, inputs, boxes, *rest):
 
 
 _multiscale_roi_align = Operator(
-    "multiscale_roi_align(Tensor[] inputs, Tensor boxes, SymInt pooled_height, SymInt pooled_width, float[] spatial_scales, "
-    "SymInt sampling_ratio, bool aligned, float canonical_scale, float canonical_level) -> Tensor",
+    "multiscale_roi_align(Tensor[] inputs, Tensor boxes, SymInt pooled_height, SymInt pooled_width, "
+    "float[] spatial_scales, SymInt sampling_ratio, bool aligned, float canonical_scale, float canonical_level)"
+    " -> Tensor",
     cpu=_multiscale_cpu,
     fake=_multiscale_fake,
     vmap=_multiscale_vmap,
 )
 
 
-def _new_grad_inputs(grad_output, boxes, pooled_height, pooled_width, batch_size, channels, map_sizes, channels_last):
-    op = "_multiscale_roi_align_backward"
+def _multiscale_backward_fake(grad_output, boxes, pooled_height, pooled_width, batch_size, channels, map_sizes, *rest):
+    op, channels_last = "_multiscale_roi_align_backward", rest[-1]
     common.check_grad_output(op, grad_output, boxes, channels, pooled_height, pooled_width)
     sizes = zip(map_sizes[::2], map_sizes[1::2], strict=True)
     return [common.empty((batch_size, channels, h, w), grad_output, channels_last) for h, w in sizes]
 
 
-def _multiscale_backward_fake(
-    grad_output, boxes, pooled_height, pooled_width, batch_size, channels, map_sizes, *rest
-):
-    return _new_grad_inputs(
-        grad_output, boxes, pooled_height, pooled_width, batch_size, channels, map_sizes, channels_last=rest[-1]
-    )
-
-
-def _multiscale_backward_cpu(
-    grad_output, boxes, pooled_height, pooled_width, batch_size, channels, map_sizes, spatial_scales, sampling_ratio, aligned,
-    canonical_scale, canonical_level, channels_last,
-):  # fmt: skip
-    grad_inputs = _new_grad_inputs(
-        grad_output, boxes, pooled_height, pooled_width, batch_size, channels, map_sizes, channels_last
-    )
-    level_map = _level_map(spatial_scales, canonical_scale, canonical_level)
+def _multiscale_backward_cpu(grad_output, boxes, *args):
+    grad_inputs = _multiscale_backward_fake(grad_output, boxes, *args)
+    spatial_scales, sampling_ratio, aligned, *canonical, _ = args[5:]
+    level_map = _level_map(spatial_scales, *canonical)
     C.roi_align_bwd_cpu(grad_output, boxes, grad_inputs, spatial_scales, sampling_ratio, aligned, level_map)
     return grad_inputs
 
 
-def _multiscale_backward_vmap(
-    info, in_dims, grad_output, boxes, pooled_height, pooled_width, images, channels, *rest
-):
+def _multiscale_backward_vmap(info, in_dims, grad_output, boxes, pooled_height, pooled_width, images, channels, *rest):
     def call(grads, boxes, images, channels):
-        return _multiscale_roi_align_backward(
-            grads[0], boxes, pooled_height, pooled_width, images, channels, *rest
-        )
+        return _multiscale_roi_align_backward(grads[0], boxes, pooled_height, pooled_width, images, channels, *rest)
 
     return common.vmap_pool_backward(
         call, info.batch_size, [grad_output], in_dims[:1], boxes, in_dims[1], images, channels
@@ -384,8 +372,8 @@ def _multiscale_backward_vmap(
 
 _multiscale_roi_align_backward = Operator(
     "_multiscale_roi_align_backward(Tensor grad_output, Tensor boxes, SymInt pooled_height, SymInt pooled_width, "
-    "SymInt batch_size, SymInt channels, SymInt[] map_sizes, float[] spatial_scales, SymInt sampling_ratio, bool aligned, "
-    "float canonical_scale, float canonical_level, bool channels_last) -> Tensor[]",
+    "SymInt batch_size, SymInt channels, SymInt[] map_sizes, float[] spatial_scales, SymInt sampling_ratio, "
+    "bool aligned, float canonical_scale, float canonical_level, bool channels_last) -> Tensor[]",
     cpu=_multiscale_backward_cpu,
     fake=_multiscale_backward_fake,
     vmap=_multiscale_backward_vmap,
@@ -461,13 +449,14 @@ def multiscale_roi_align(
 ) -> Tensor:
     """:func:`roi_align` of each box on the level of a feature pyramid that suits its size, in one call.
 
-    Level k of a box of area A is floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6), in the dtype of the sampling
-    points, clamped to the levels there are. The first input is level -log2(spatial_scales[0]), and each next input is the next
-    level, half as large. A box with one negative side has no level and pools to zero, as in torchvision.
+    Level k of a box of area A is floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6), in the dtype of the
+    sampling points, clamped to the levels there are. The first input is level -log2(spatial_scales[0]), and each next
+    input is the next level, half as large. A box with one negative side has no level and pools to zero, as in
+    torchvision.
 
     Args:
-        inputs: feature maps, Tensor[N, C, Hi, Wi] each, finest first; as in :func:`roi_align`. Inputs of another dtype than the
-            first are converted to it.
+        inputs: feature maps, Tensor[N, C, Hi, Wi] each, finest first; as in :func:`roi_align`. Inputs of another dtype
+            than the first are converted to it.
         boxes: as in :func:`roi_align`, in pixels of the image.
         output_size, sampling_ratio, aligned: as in :func:`roi_align`.
         spatial_scales: one for each input.
@@ -493,7 +482,7 @@ def multiscale_roi_align(
 
 
 class MultiScaleRoIAlign(nn.Module):
-    """:func:`multiscale_roi_align` on the feature maps of a backbone. The arguments are ``torchvision.ops.MultiScaleRoIAlign``'s.
+    """:func:`multiscale_roi_align` on the maps of a backbone, with ``torchvision.ops.MultiScaleRoIAlign``'s arguments.
 
     Args:
         featmap_names: which entries of the dict of feature maps to pool from.
@@ -518,10 +507,8 @@ class MultiScaleRoIAlign(nn.Module):
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
 
-    def forward(
-        self, x: dict[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Pools ``boxes``, one Tensor[L, 4] for each image, in pixels of the images, whose (height, width) are ``image_shapes``.
+    def forward(self, x: dict[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Pools ``boxes``, one Tensor[L, 4] for each image, in pixels; ``image_shapes`` are their (height, width).
 
         The scale of each map is the power of two nearest to its height over the largest image's.
         """

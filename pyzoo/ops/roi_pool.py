@@ -11,7 +11,7 @@ from pyzoo._ext import C
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 
-# ------------------------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------------------------- reference
 
 
 def _round_half_away(x: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ def roi_pool_reference(
                     argmax.append(torch.full((channels,), -1, device=input.device))
                     continue
                 pixels = input[int(image), :, top:bottom, left:right].flatten(1)
-                index = (torch.arange(top, bottom, device=input.device)[:, None] * map_width + columns[left:right]).flatten()
+                rows = torch.arange(top, bottom, device=input.device)[:, None]
+                index = (rows * map_width + columns[left:right]).flatten()
                 wins = pixels > lowest  # false for NaN
                 best = torch.where(wins, pixels, -torch.inf).max(1, keepdim=True).values
                 first = (wins & (pixels == best)).int().argmax(1, keepdim=True)  # row-major
@@ -79,7 +80,7 @@ def roi_pool_reference(
     return out, where.reshape(size).permute(0, 3, 1, 2).int()
 
 
-# -------------------------------------------------------------------------------------------------------------- roi_pool
+# ----------------------------------------------------------------------------------------------------------- roi_pool
 
 
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
@@ -126,7 +127,8 @@ def _argmax_vmap(info, in_dims, input, boxes, *rest):
 
 
 _roi_pool_argmax = Operator(
-    "_roi_pool_argmax(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
+    "_roi_pool_argmax(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width)"
+    " -> Tensor",
     cpu=_argmax_cpu,
     fake=_argmax_fake,
     vmap=_argmax_vmap,
@@ -156,8 +158,8 @@ def _backward_vmap(info, in_dims, grad_output, boxes, input, spatial_scale):
     )
 
 
-# Looks for the maxima again: that is faster than to write and read their positions, which would also be K * C * bins integers to
-# keep, while the features are kept by their producer anyway.
+# Looks for the maxima again: that is faster than to write and read their positions, which would also be K * C * bins
+# integers to keep, while the features are kept by their producer anyway.
 _roi_pool_backward = Operator(
     "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor input, float spatial_scale) -> Tensor",
     cpu=_backward_cpu,
@@ -218,16 +220,16 @@ _roi_pool_backward.differentiate(_RoIPoolBackward)
 def roi_pool(
     input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
 ) -> Tensor:
-    """Max-pools each box, rounded to whole pixels, into a grid of bins (Fast R-CNN), with torchvision's signature and semantics.
+    """Max-pools each box, rounded to whole pixels, in a grid of bins (Fast R-CNN), as ``torchvision.ops.roi_pool``.
 
     Coordinates round half away from zero; a box covers at least one pixel; an empty bin, as every bin of a box with a
-    non-finite side, gives 0. The first of equal maxima in row-major order gets the gradient; NaN never wins. Differentiable in
-    ``input`` any number of times; deterministic; the same bits for any number of threads.
+    non-finite side, gives 0. The first of equal maxima in row-major order gets the gradient; NaN never wins.
+    Differentiable in ``input`` any number of times; deterministic; the same bits for any number of threads.
 
     Args:
         input: features, Tensor[N, C, H, W] of any strides; float32, float64, float16 or bfloat16.
-        boxes: Tensor[K, 5] of (index of the image, x1, y1, x2, y2), or a list with one Tensor[L, 4] for each image. Their
-            dtype need not be that of ``input``: bins are computed in float32, in float64 if either is.
+        boxes: Tensor[K, 5] of (index of the image, x1, y1, x2, y2), or a list with one Tensor[L, 4] for each image.
+            Their dtype need not be that of ``input``: bins are computed in float32, in float64 if either is.
         output_size: bins as (height, width), or one int for both.
         spatial_scale: what box coordinates are multiplied by to become pixels of ``input``.
 

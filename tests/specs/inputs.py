@@ -1,4 +1,5 @@
-"""Inputs that several specs share: feature maps and boxes, ordinary and degenerate, and the floors of the pooling ops."""
+"""Inputs that several specs share: feature maps and boxes, ordinary and degenerate, and the floors of the pooling
+ops."""
 
 from __future__ import annotations
 
@@ -81,7 +82,14 @@ def pooling_inputs(dtype: torch.dtype, memory_format: torch.memory_format) -> It
     yield "box_list", x, [boxes[:3, 1:], boxes[3:, 1:]], 2, 0.5, True
     yield "box_list_empty", x, [boxes[:0, 1:], boxes[:2, 1:]], 2, 0.5, True
     yield "fraction_of_index", x, rois([0.9, 1, 2, 8, 9], [-0.5, 1, 2, 8, 9], [1.5, 1, 2, 8, 9]), 2, 1.0, True
-    yield "outside", x, rois([0, -50, -50, -20, -20], [1, 40, 3, 60, 9], [0, 3, -9, 6, 30], [1, -4, 5, 90, 9]), 2, 1.0, True
+    yield (
+        "outside",
+        x,
+        rois([0, -50, -50, -20, -20], [1, 40, 3, 60, 9], [0, 3, -9, 6, 30], [1, -4, 5, 90, 9]),
+        2,
+        1.0,
+        True,
+    )
     yield "edges", x, rois([0, 0, 0, 17, 13], [1, -1, -1, 18, 14], [0, 16, 12, 17, 13], [1, 0, 0, 16, 12]), 3, 1.0, True
     yield "inverted", x, rois([0, 9, 8, 3, 2], [1, 9, 2, 3, 8], [1, 3, 8, 9, 2]), 2, 1.0, True
     yield "no_area", x, rois([0, 4, 4, 4, 4], [1, 2, 3, 9, 3], [1, 5.5, 2, 5.5, 9], [0, 0, 0, 0, 0]), 2, 1.0, True
@@ -104,9 +112,19 @@ def pooling_inputs(dtype: torch.dtype, memory_format: torch.memory_format) -> It
 
 
 POOLING_ERRORS = (  # id, (replacements of the arguments of a good call), error, match
-    ("input_rank", {"input": torch.zeros(3, 8, 8)}, ValueError, r"input must have shape \[N, C, H, W\], got \[3, 8, 8\]"),
+    (
+        "input_rank",
+        {"input": torch.zeros(3, 8, 8)},
+        ValueError,
+        r"input must have shape \[N, C, H, W\], got \[3, 8, 8\]",
+    ),
     ("input_integer", {"input": torch.zeros(1, 3, 8, 8).int()}, TypeError, "input must be float32.*got torch.int32"),
-    ("input_complex", {"input": torch.zeros(1, 3, 8, 8).cfloat()}, TypeError, "input must be float32.*got torch.complex64"),
+    (
+        "input_complex",
+        {"input": torch.zeros(1, 3, 8, 8).cfloat()},
+        TypeError,
+        "input must be float32.*got torch.complex64",
+    ),
     ("input_array", {"input": [[1.0]]}, TypeError, "input must be a torch.Tensor, got list"),
     ("input_sparse", {"input": torch.zeros(1, 3, 8, 8).to_sparse()}, TypeError, "must be dense"),
     ("boxes_shape", {"boxes": torch.zeros(7, 4)}, ValueError, r"boxes must have shape \[K, 5\], got \[7, 4\]"),
@@ -116,10 +134,25 @@ POOLING_ERRORS = (  # id, (replacements of the arguments of a good call), error,
     ("boxes_list", {"boxes": [torch.zeros(2, 5)]}, ValueError, r"boxes\[0\] must have shape \[L, 4\], got \[2, 5\]"),
     ("boxes_list_type", {"boxes": [[1.0]]}, TypeError, r"boxes\[0\] must be a torch.Tensor"),
     ("boxes_list_integer", {"boxes": [torch.zeros(2, 4).int()]}, TypeError, r"boxes\[0\] must be float32"),
-    ("boxes_device", {"boxes": torch.zeros(2, 5, device="meta")}, ValueError, "must be on one device, got cpu and meta"),
+    (
+        "boxes_device",
+        {"boxes": torch.zeros(2, 5, device="meta")},
+        ValueError,
+        "must be on one device, got cpu and meta",
+    ),
     ("index_high", {"boxes": torch.tensor([[1.0, 0, 0, 2, 2]])}, ValueError, r"batch index must be in \[0, 1\), got 1"),
-    ("index_low", {"boxes": torch.tensor([[-1.0, 0, 0, 2, 2]])}, ValueError, r"batch index must be in \[0, 1\), got -1"),
-    ("index_nan", {"boxes": torch.tensor([[NAN, 0, 0, 2, 2]])}, ValueError, r"batch index must be in \[0, 1\), got -?nan"),
+    (
+        "index_low",
+        {"boxes": torch.tensor([[-1.0, 0, 0, 2, 2]])},
+        ValueError,
+        r"batch index must be in \[0, 1\), got -1",
+    ),
+    (
+        "index_nan",
+        {"boxes": torch.tensor([[NAN, 0, 0, 2, 2]])},
+        ValueError,
+        r"batch index must be in \[0, 1\), got -?nan",
+    ),
     ("scale_negative", {"spatial_scale": -1.0}, ValueError, "spatial_scale must be positive and finite, got -1.0"),
     ("scale_zero", {"spatial_scale": 0.0}, ValueError, "spatial_scale must be positive and finite, got 0.0"),
     ("scale_nan", {"spatial_scale": NAN}, ValueError, "spatial_scale must be positive and finite, got nan"),

@@ -76,11 +76,21 @@ def errors():
         ("inputs_channels", {"inputs": [maps[0], maps[1][:, :2]]}, ValueError, "inputs must agree in N, C and dtype"),
         ("inputs_sparse", {"inputs": [maps[0], maps[1].to_sparse()]}, TypeError, "must be dense"),
         ("inputs_device", {"inputs": [maps[0], maps[1].to("meta")]}, ValueError, "must be on one device"),
-        ("scales_count", {"spatial_scales": [0.5]}, ValueError, "spatial_scales must be one for each of the 2 inputs, got 1"),
+        (
+            "scales_count",
+            {"spatial_scales": [0.5]},
+            ValueError,
+            "spatial_scales must be one for each of the 2 inputs, got 1",
+        ),
         ("scales_negative", {"spatial_scales": [0.5, -0.25]}, ValueError, "spatial_scale must be positive and finite"),
         ("boxes_shape", {"boxes": torch.zeros(7, 4)}, ValueError, r"boxes must have shape \[K, 5\], got \[7, 4\]"),
         ("size_zero", {"output_size": 0}, ValueError, "output_size must be at least 1 x 1"),
-        ("index_high", {"boxes": torch.tensor([[1.0, 0, 0, 2, 2]])}, ValueError, r"batch index must be in \[0, 1\), got 1"),
+        (
+            "index_high",
+            {"boxes": torch.tensor([[1.0, 0, 0, 2, 2]])},
+            ValueError,
+            r"batch index must be in \[0, 1\), got 1",
+        ),
     ):
         yield ErrorSample(id, (), {**good, **change}, error=error, match=match)
 
@@ -89,7 +99,12 @@ STRIDES = (4, 8, 16, 32)
 
 
 def bench():
-    for bins, count, images, quick in ((7, 1000, 1, True), (7, 1000, 2, False), (14, 100, 1, False), (7, 200, 1, False)):
+    for bins, count, images, quick in (
+        (7, 1000, 1, True),
+        (7, 1000, 2, False),
+        (14, 100, 1, False),
+        (7, 200, 1, False),
+    ):
         boxes = inputs.photo_boxes(count, smallest=16, largest=700)
         shapes = [(images, 256, -(-inputs.IMAGE_HEIGHT // s), inputs.IMAGE_WIDTH // s) for s in STRIDES]
         level = (4 + ((boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt() / 224).log2()).floor().clamp(2, 5) - 2
@@ -102,7 +117,9 @@ def bench():
                 ]
 
                 def make(rois=rois, images=images, shapes=shapes, memory_format=memory_format, bins=bins):
-                    maps = [inputs.features(*shape, memory_format=memory_format, seed=i) for i, shape in enumerate(shapes)]
+                    maps = [
+                        inputs.features(*shape, memory_format=memory_format, seed=i) for i, shape in enumerate(shapes)
+                    ]
                     boxes = [rois[rois[:, 0] == i, 1:] for i in range(images)]
                     return (maps, boxes, bins, [1 / stride for stride in STRIDES], 2), {}
 

@@ -53,7 +53,12 @@ def hand_made():
     yield "nan_scores", [a, a, [50, 50, 60, 60], a], [0.5, NAN, NAN, 0.9], 0.5
     yield "inf_scores", [a, [50, 50, 60, 60], [90, 90, 95, 95]], [-INF, INF, 0.0], 0.5
     yield "signed_zeros", [a, [50, 50, 60, 60], [90, 90, 95, 95]], [-0.0, 0.0, -0.0], 0.5
-    yield "nan_boxes", [a, [NAN, 0, 10, 10], [0, NAN, 10, 10], [0, 0, NAN, 10], [0, 0, 10, NAN], [1, 0, 10, 10]], None, 0.5
+    yield (
+        "nan_boxes",
+        [a, [NAN, 0, 10, 10], [0, NAN, 10, 10], [0, 0, NAN, 10], [0, 0, 10, NAN], [1, 0, 10, 10]],
+        None,
+        0.5,
+    )
     yield "inf_boxes", [[0, 0, INF, 10], [0, 0, 10, INF], [-INF, 0, 10, 10], [-INF, -INF, INF, INF], a], None, 0.3
     yield "huge", [[0, 0, 1e30, 1e30], [1, 1, 1e30, 9e29], [-3e38, 0, 3e38, 1], a], None, 0.5
     yield "tiny", [[0, 0, 1e-30, 1e-30], [0, 0, 1e-30, 1e-30], [0, 0, 1e-20, 1e-20]], None, 0.5

@@ -32,7 +32,9 @@ def samples(dtype, memory_format):
             overflows = id == "inverted" and kwargs["sampling_ratio"] == 0  # the peer tries to allocate -n samples
             yield Sample(name, (x, boxes, output_size, scale), kwargs, peer=has_peer and not overflows)
     # A bin of 2^30 pixels: most of its samples lie outside, and the rest is hardly anything.
-    huge = torch.tensor([[0, 0, 2, 1e9, 9], [1, -1e30, 2, 1e30, 9], [0, 3e8, 3e8, 4e8, 4e8]]).to(inputs.boxes_dtype(dtype))
+    huge = torch.tensor([[0, 0, 2, 1e9, 9], [1, -1e30, 2, 1e30, 9], [0, 3e8, 3e8, 4e8, 4e8]]).to(
+        inputs.boxes_dtype(dtype)
+    )
     x = inputs.features(2, 5, 13, 17, dtype=dtype, memory_format=memory_format)
     yield Sample("huge", (x, huge, 2), {"sampling_ratio": 2})
 
@@ -40,7 +42,9 @@ def samples(dtype, memory_format):
 def errors():
     good = {"input": torch.zeros(1, 3, 8, 8), "boxes": torch.zeros(2, 5), "output_size": 2}
     for id, change, error, match in inputs.POOLING_ERRORS:
-        yield ErrorSample(id, (), {**good, **change}, error=error, match=f"^(roi_align|boxes): .*{match}|^roi_align: {match}")
+        yield ErrorSample(
+            id, (), {**good, **change}, error=error, match=f"^(roi_align|boxes): .*{match}|^roi_align: {match}"
+        )
 
 
 def _taps(pixels: torch.Tensor, sampling_ratio: int) -> torch.Tensor:
@@ -50,8 +54,8 @@ def _taps(pixels: torch.Tensor, sampling_ratio: int) -> torch.Tensor:
 
 
 def floors(rois, shape, scale, bins, sampling_ratio, backward):
-    """Bytes: the touched features, or for the backward all of their gradient, and the pooled tensor once. Operations: one
-    multiply-add for each bin, channel and pixel of non-zero weight in the bin."""
+    """Bytes: the touched features, or for the backward all of their gradient, and the pooled tensor once. Operations:
+    one multiply-add for each bin, channel and pixel of non-zero weight in the bin."""
     images, channels, height, width = shape
     pixels = images * height * width if backward else inputs.touched_pixels(rois, scale, images, height, width)
     size = ((rois[:, 3:] - rois[:, 1:3]) * scale).clamp(min=1) / bins
@@ -82,7 +86,9 @@ def bench():
             for layout, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
                 for backward in (False, True):
 
-                    def make(rois=rois, shape=shape, memory_format=memory_format, rest=(bins, 1 / stride, sampling_ratio)):
+                    def make(
+                        rois=rois, shape=shape, memory_format=memory_format, rest=(bins, 1 / stride, sampling_ratio)
+                    ):
                         return (inputs.features(*shape, memory_format=memory_format), rois, *rest), {}
 
                     direction = "backward" if backward else "forward"
@@ -108,8 +114,8 @@ SPEC = OpSpec(
     peer=peer,
     peer_name="torchvision",
     differentiable=(0,),
-    # A value is a weighted mean of a few dozen numbers of size one, a gradient the sum of that many: some ten roundings of the
-    # accumulator (float32, or float64), then one to the dtype of the result: 2^-11 and 2^-8.
+    # A value is a weighted mean of a few dozen numbers of size one, a gradient the sum of that many: some ten roundings
+    # of the accumulator (float32, or float64), then one to the dtype of the result: 2^-11 and 2^-8.
     tolerances={
         torch.float32: (1e-5, 2e-6),
         torch.float64: (1e-13, 1e-14),

@@ -33,12 +33,14 @@ def samples(dtype, memory_format):
 def errors():
     good = {"input": torch.zeros(1, 3, 8, 8), "boxes": torch.zeros(2, 5), "output_size": 2}
     for id, change, error, match in inputs.POOLING_ERRORS:
-        yield ErrorSample(id, (), {**good, **change}, error=error, match=f"^(roi_pool|boxes): .*{match}|^roi_pool: {match}")
+        yield ErrorSample(
+            id, (), {**good, **change}, error=error, match=f"^(roi_pool|boxes): .*{match}|^roi_pool: {match}"
+        )
 
 
 def floors(rois, shape, scale, bins, backward):
-    """Bytes: the touched features, for the backward all of the gradient, too; and the pooled tensor once. Operations: one
-    comparison for each channel and pixel of a box."""
+    """Bytes: the touched features, for the backward all of the gradient, too; and the pooled tensor once. Operations:
+    one comparison for each channel and pixel of a box."""
     images, channels, height, width = shape
     pixels = inputs.touched_pixels(rois, scale, images, height, width) + images * height * width * backward
     sides = ((rois[:, 3:] - rois[:, 1:3]) * scale).round() + 1
@@ -92,7 +94,8 @@ SPEC = OpSpec(
     peer=peer,
     peer_name="torchvision",
     differentiable=(0,),
-    # The values are copies, and equal; gradients are sums of a few dozen numbers of size one, then rounded to their dtype.
+    # The values are copies, and equal; gradients are sums of a few dozen numbers of size one, then rounded to their
+    # dtype.
     tolerances={
         torch.float32: (1e-6, 1e-6),
         torch.float64: (1e-14, 1e-14),

@@ -1,4 +1,5 @@
-"""What one op's spec file provides. The same lists feed the tests (``tests/test_ops.py``) and the benchmarks (``benchmarks/``)."""
+"""What one op's spec file provides. The same lists feed the tests (``tests/test_ops.py``) and the benchmarks
+(``benchmarks/``)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of the public function: ``op(*args, **kwargs)``. ``args[i]`` for i in ``OpSpec.differentiable`` takes gradients.
+    """One call of the public function: ``op(*args, **kwargs)``. ``args[i]`` for i in ``OpSpec.differentiable`` takes
+    gradients.
 
     ``peer`` says that the peer takes these arguments and its answer is defined.
     """
@@ -34,8 +36,8 @@ class BenchCase:
     """One timed case. ``make()`` builds fresh arguments; backward cases time only the backward pass.
 
     ``size`` is the x value of the time-against-size plot within ``group`` (for nms the number of boxes, for RoI ops the
-    number of boxes times channels); ``floor_bytes`` and ``floor_flops`` are the least the op must move and compute, from
-    which the fraction of this machine's ceiling follows.
+    number of boxes times channels); ``floor_bytes`` and ``floor_flops`` are the least the op must move and compute,
+    from which the fraction of this machine's ceiling follows.
     """
 
     id: str
