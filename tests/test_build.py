@@ -1,4 +1,4 @@
-"""The compiled core as a file and a process sees it: ABI, linkage, threads, what a source distribution holds, what fails how."""
+"""The compiled core as a file and in a process: ABI, linkage, threads; what is packed; what fails, and how."""
 
 import ast
 import inspect
@@ -155,11 +155,8 @@ TORCH_KERNEL = "import torch; torch.ones(300, 300).mm(torch.ones(300, 300)).exp(
 def test_one_openmp_runtime(order):
     pytest.importorskip("torch")
     parts = [TORCH_KERNEL, RUN_KERNEL]
-    code = (
-        "".join(parts if order == "torch first" else parts[::-1])
-        + "from pyzoo import info; print(info.openmp_runtimes())"
-    )
-    runtimes = ast.literal_eval(output(code).splitlines()[-1])
+    code = "".join(parts if order == "torch first" else parts[::-1])
+    runtimes = ast.literal_eval(output(code + "from pyzoo import info; print(info.openmp_runtimes())"))
     if runtimes is None:
         pytest.skip("this system does not list the libraries of a process")
     assert len(runtimes) <= 1
@@ -202,7 +199,7 @@ def test_import_of_numpy_part_needs_no_torch():
     output("import sys, pyzoo.numpy; assert 'torch' not in sys.modules and 'pyzoo._C' in sys.modules")
 
 
-# ------------------------------------------------------------------------------------------------- missing, broken cores
+# ------------------------------------------------------------------------------------------------ missing, broken cores
 
 
 @pytest.fixture
@@ -211,11 +208,13 @@ def package_without_core(tmp_path):
     return tmp_path / "pyzoo"
 
 
+# An editable install has a finder that would still find the core.
+NO_FINDER = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
 CALL = "import pyzoo, pyzoo.numpy as zoo; print('imported'); zoo.nms([[0, 0, 1, 1]], [1], .5)"
 
 
 def call_in(folder: Path) -> str:
-    done = run(CALL, cwd=folder.parent, env={**os.environ, "PYTHONPATH": str(folder.parent)})
+    done = run(NO_FINDER + CALL, cwd=folder.parent, env={**os.environ, "PYTHONPATH": str(folder.parent)})
     assert done.stdout.strip() == "imported", done.stderr
     assert done.returncode == 1
     assert "ImportError: pyzoo's compiled core (pyzoo._C) cannot be used." in done.stderr
@@ -245,7 +244,7 @@ def test_core_of_another_python_is_named(package_without_core):
 def test_info_survives_a_broken_core(package_without_core):
     (package_without_core / f"_C{EXT_SUFFIX}").write_bytes(b"garbage")
     env = {**os.environ, "PYTHONPATH": str(package_without_core.parent)}
-    code = "import sys; sys.modules['torch'] = None; from pyzoo import info; sys.exit(info.main())"
+    code = NO_FINDER + "sys.modules['torch'] = None; from pyzoo import info; sys.exit(info.main())"
     done = run(code, cwd=package_without_core.parent, env=env)
     assert done.returncode == 1
     assert "loader: ImportError" in done.stdout
@@ -265,11 +264,12 @@ def test_info():
 
 
 def test_info_says_which_instruction_sets_there_are():
-    done = run("from pyzoo import info; info.main()", env={**os.environ, "PYZOO_CPU_ISA": "mmx"})
+    code = "import sys; sys.modules['torch'] = None; from pyzoo import info; info.main()"
+    done = run(code, env={**os.environ, "PYZOO_CPU_ISA": "mmx"})
     assert "PYZOO_CPU_ISA must be one of" in done.stdout, done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- building
+# ------------------------------------------------------------------------------------------------------------- building
 
 
 @pytest.fixture
