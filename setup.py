@@ -31,7 +31,7 @@ def openmp_flags(cxx: list[str]) -> list[str]:
         source = Path(folder, "openmp.cpp")
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
         found = subprocess.run([*cxx, "-fopenmp", source, "-o", source.with_suffix("")], capture_output=True).returncode == 0
-    say("OpenMP found: kernels share torch's threads" if found else "no OpenMP: kernels run on one thread")
+    say("OpenMP found" if found else "no OpenMP: kernels run on one thread")
     return ["-fopenmp"] if found else []
 
 
