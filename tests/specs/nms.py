@@ -35,7 +35,8 @@ def clustered(count: int, seed: int = 0, members: int = 25) -> torch.Tensor:
 
 
 def random_scores(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, generator=inputs.generator(seed + 1))
+    """All different: torch.rand repeats itself among some thousands, and torchvision leaves ties in any order."""
+    return (torch.randperm(count, generator=inputs.generator(seed + 1)) + 0.5) / max(count, 1)
 
 
 def hand_made():
