@@ -36,7 +36,8 @@ struct FeatureMap {
   int64_t pixels() const { return height * width; }
   bool channels_last() const { return channel_stride == 1 || channels == 1; }
   void check_written(const char* name) const {
-    check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())), std::string(name) + " must be contiguous or channels_last");
+    check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())),
+          std::string(name) + " must be contiguous or channels_last");
   }
   // The address of an image from channel c on.
   template <class T>
@@ -105,8 +106,8 @@ struct Rois {
     std::vector<int32_t> image(count());
     for (int64_t k = 0; k < count(); ++k) {
       const double index = at<double>(k, 0);
-      check(index > -1 && index < double(count_images), "boxes: batch index must be in [0, " + std::to_string(count_images) +
-                                                             "), got " + std::to_string(index) + " in row " + std::to_string(k));
+      check(index > -1 && index < double(count_images), "boxes: batch index must be in [0, " + std::to_string(count_images) + "), got " +
+                                                            std::to_string(index) + " in row " + std::to_string(k));
       image[k] = int32_t(index);
     }
     return image;

@@ -8,23 +8,23 @@ namespace pyzoo {
 
 enum class Isa { baseline, avx2, avx512 };
 
-Isa isa();                                // the one in use
+Isa isa();  // the one in use
 const char* isa_name(Isa isa);
 std::vector<std::string> available_isas();  // on this processor, worst first
-void set_isa(const std::string& name);    // "" : back to the best; throws std::invalid_argument naming the allowed ones
+void set_isa(const std::string& name);      // "" : back to the best; throws std::invalid_argument naming the allowed ones
 
 }  // namespace pyzoo
 
 // PZ_FOR_ISA(f)(args...): calls <isa>::f for the instruction set in use. The kernels exist once per instruction set through
 // foreach_isa.h.
 #if defined(__x86_64__)
-#define PZ_FOR_ISA(...)                                                \
-  [&](auto&&... args) -> decltype(auto) {                              \
-    switch (::pyzoo::isa()) {                                          \
-      case ::pyzoo::Isa::avx512: return avx512::__VA_ARGS__(args...);  \
-      case ::pyzoo::Isa::avx2: return avx2::__VA_ARGS__(args...);      \
-      default: return baseline::__VA_ARGS__(args...);                  \
-    }                                                                  \
+#define PZ_FOR_ISA(...)                                               \
+  [&](auto&&... args) -> decltype(auto) {                             \
+    switch (::pyzoo::isa()) {                                         \
+      case ::pyzoo::Isa::avx512: return avx512::__VA_ARGS__(args...); \
+      case ::pyzoo::Isa::avx2: return avx2::__VA_ARGS__(args...);     \
+      default: return baseline::__VA_ARGS__(args...);                 \
+    }                                                                 \
   }
 #else
 #define PZ_FOR_ISA(...) [&](auto&&... args) -> decltype(auto) { return baseline::__VA_ARGS__(args...); }

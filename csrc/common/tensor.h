@@ -47,9 +47,7 @@ inline void check_tensor(const Tensor& t, const char* name, int ndim) {
   check(t.ndim == ndim, std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got shape " + t.shape_string());
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  check(t.device_type == 1, std::string(name) + " must be on the CPU");
-}
+inline void check_cpu(const Tensor& t, const char* name) { check(t.device_type == 1, std::string(name) + " must be on the CPU"); }
 
 inline void check_dtype(const Tensor& t, const char* name, DType dtype) {
   check(t.dtype == dtype, std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.dtype));

@@ -20,8 +20,8 @@ void register_roi_align(py::module_& m) {
   using namespace py::literals;
   m.def(
       "roi_align_fwd_cpu",
-      [](const std::vector<Tensor>& inputs, const Tensor& rois, const Tensor& output, const std::vector<double>& scales,
-         int sampling_ratio, bool aligned, const LevelMapTuple& level_map) {
+      [](const std::vector<Tensor>& inputs, const Tensor& rois, const Tensor& output, const std::vector<double>& scales, int sampling_ratio,
+         bool aligned, const LevelMapTuple& level_map) {
         py::gil_scoped_release release;
         roi_align_fwd_cpu(inputs, rois, output, scales, sampling_ratio, aligned, level_map_from(level_map));
       },

@@ -22,7 +22,8 @@ std::vector<FeatureMap> feature_maps(const std::vector<Tensor>& tensors, const c
   for (const Tensor& t : tensors) {
     maps.emplace_back(t, name);
     const FeatureMap &map = maps.back(), &first = maps.front();
-    check(map.dtype == first.dtype && map.dtype == pooled.dtype, std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
+    check(map.dtype == first.dtype && map.dtype == pooled.dtype,
+          std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
     check(map.images == first.images && map.channels == pooled.channels,
           std::string(name) + ": all feature maps must have the same batch size and channels");
   }
@@ -34,7 +35,8 @@ RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps
                           int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map, bool adjoint) {
   check(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
   RoiAlignTaps<A> table;
-  const RoiAlignOptions options{scales, int(pooled.height), int(pooled.width), sampling_ratio, aligned, level_map ? &*level_map : nullptr, adjoint};
+  const RoiAlignOptions options{scales, int(pooled.height), int(pooled.width), sampling_ratio, aligned, level_map ? &*level_map : nullptr,
+                                adjoint};
   if (boxes.t.dtype == DType::f64 || maps[0].dtype == DType::f64) {
     table.template build<double>(boxes, maps, options);
   } else {

@@ -106,7 +106,8 @@ void roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
   pooled.check_written("output");
   const Rois boxes(rois);
   check_dtype(output, "output", input.dtype);
-  check(pooled.rois == boxes.count() && pooled.channels == map.channels, "output must have shape [K, C, PH, PW], got " + output.shape_string());
+  check(pooled.rois == boxes.count() && pooled.channels == map.channels,
+        "output must have shape [K, C, PH, PW], got " + output.shape_string());
   std::unique_ptr<Pooled> indices;
   if (argmax) {
     check_dtype(*argmax, "argmax", DType::i32);
@@ -131,8 +132,10 @@ void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tens
   grad_map.check_written("grad_input");
   check_dtype(grad_output, "grad_output", input.dtype);
   check_dtype(grad_input, "grad_input", input.dtype);
-  check(std::equal(input.shape, input.shape + 4, grad_input.shape), "grad_input must have the shape of input, got " + grad_input.shape_string());
-  check(grad.rois == boxes.count() && grad.channels == map.channels, "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
+  check(std::equal(input.shape, input.shape + 4, grad_input.shape),
+        "grad_input must have the shape of input, got " + grad_input.shape_string());
+  check(grad.rois == boxes.count() && grad.channels == map.channels,
+        "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
   const std::vector<int32_t> image = boxes.images(map.images);
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch(input.dtype, rois.dtype, [&](auto zero, auto g) {
@@ -148,11 +151,14 @@ void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, cons
   map.check_written("grad_input");
   check_dtype(grad_output, "grad_output", grad_input.dtype);
   check_dtype(argmax, "argmax", DType::i32);
-  check(grad.rois == boxes.count() && grad.channels == map.channels, "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
-  check(std::equal(grad_output.shape, grad_output.shape + 4, argmax.shape), "argmax must have the shape of grad_output, got " + argmax.shape_string());
+  check(grad.rois == boxes.count() && grad.channels == map.channels,
+        "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
+  check(std::equal(grad_output.shape, grad_output.shape + 4, argmax.shape),
+        "argmax must have the shape of grad_output, got " + argmax.shape_string());
   const BoxOrder order(boxes.images(map.images), map.images, [](int64_t) { return std::pair{0, 0}; });
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
-  dispatch_floating(grad_input.dtype, [&](auto zero) { PZ_FOR_ISA(template roi_pool_bwd_argmax<decltype(zero)>)(map, order, grad, index); });
+  dispatch_floating(grad_input.dtype,
+                    [&](auto zero) { PZ_FOR_ISA(template roi_pool_bwd_argmax<decltype(zero)>)(map, order, grad, index); });
 }
 
 }  // namespace pyzoo
