@@ -65,7 +65,9 @@ class RoiAlignTaps {
         const G scale = G(options.scales[level[k]]);
         const RoiAxis<G> y(y1, y2, scale, options.aligned, options.bins_y, options.sampling_ratio);
         const RoiAxis<G> x(x1, x2, scale, options.aligned, options.bins_x, options.sampling_ratio);
-        const bool finite = y.finite() && x.finite();
+        // torchvision finds no level for a box with one negative side
+        const bool has_level = !options.level_map || (x2 - x1) * (y2 - y1) >= 0;
+        const bool finite = y.finite() && x.finite() && has_level;
         const G samples = std::max(y.grid * x.grid, G(1));
         rois[k].y = arena.append(y, options.bins_y, finite ? map.height : 0, G(1) / samples, options.adjoint);
         rois[k].x = arena.append(x, options.bins_x, finite ? map.width : 0, G(1), options.adjoint);
