@@ -9,6 +9,7 @@ by ``torch.library.get_kernel`` and called with ``call_boxed``; destroying the o
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
@@ -86,7 +87,9 @@ class _Overrides:
             original = torch.library.get_kernel(op, "CPU")
         except RuntimeError as error:
             return f"left: it has no CPU kernel ({str(error).splitlines()[0]})"
-        self.library.impl(name, _with_fallback(kernel, original), "CPU", with_keyset=True, allow_override=True)
+        with warnings.catch_warnings():  # older torch warns in spite of allow_override
+            warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+            self.library.impl(name, _with_fallback(kernel, original), "CPU", with_keyset=True, allow_override=True)
         return "patched"
 
     @classmethod
