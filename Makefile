@@ -53,7 +53,8 @@ format: $(LINTERS)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# In a copy of the tree, so that the build in use stays as it is. What takes long there and runs no code of ours is left out.
+# In a copy of the tree, so that the build in use stays as it is. Left out is what takes long there and runs no more of our code.
+# A finding ends the process: with --capture=sys its report is seen.
 ASAN := build/asan
 ASAN_CXX ?= g++
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
@@ -70,7 +71,7 @@ asan: $(INSTALLED)
 	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $(ASAN_CXX) -print-file-name=lib$$lib.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYZOO_FUZZ=$${PYZOO_FUZZ:-50} \
-	  $(abspath $(BIN))/python -m pytest $(ASAN_TESTS) -k 'not ($(ASAN_SKIP))'
+	  $(abspath $(BIN))/python -m pytest --capture=sys $(ASAN_TESTS) -k 'not ($(ASAN_SKIP))'
 
 clean:
 	rm -rf build dist out *.egg-info pyzoo/_C*.so .pytest_cache .ruff_cache .benchmarks $(INSTALLED)
