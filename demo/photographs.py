@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         boxes, scores, standing_out = detect(image, args.runs)
         path = args.output / f"{name}.png"
         draw(photograph, boxes, scores, standing_out).save(path)
-        print(f"  all results equal; {len(boxes)} boxes drawn in {path}")
+        print(f"  all results equal; boxes drawn: {len(boxes)}, in {path}")
     return 0
 
 
