@@ -135,7 +135,8 @@ def test_roi_align():
         # Counts of different sign make torchvision ask for a table of negative size.
         total = counts.prod(1) * size[0] * size[1]
         defined = (total >= 0) & (total <= MANY_SAMPLES) & (counts <= MANY_SAMPLES).all(1)  # false for NaN
-        other = ~defined & ~(counts > 1e5).any(1)
+        other = ~defined & (counts <= 1e5).all(1)
+        empty = counts.isnan().any(1)
         tolerance = {"rtol": 2e-5, "atol": 2e-5} if x.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
 
         def check(got, want, about=about, rtol=tolerance["rtol"], atol=tolerance["atol"]):
@@ -149,14 +150,20 @@ def test_roi_align():
         check(out[defined], want)
         check(out[other], want_other)
         assert out.isfinite().all(), about
-        assert (out[counts.isnan().any(1)] == 0).all(), about
+        assert (out[empty] == 0).all(), about
 
         grad = gradient(g, out)
-        grad = torch.where((defined | other)[:, None, None, None], grad, 0)
+        grad = torch.where((defined | other | empty)[:, None, None, None], grad, 0)
         (got,) = torch.autograd.grad(out, ours, grad)
         (want,) = torch.autograd.grad(want, theirs, grad[defined])
         (want_other,) = torch.autograd.grad(want_other, plain, grad[other])
-        check(got, (want + want_other).contiguous())
+        try:
+            check(got, (want + want_other).contiguous())
+        except AssertionError:  # torchvision rounds after each of the many samples in one pixel; sums in float64 decide
+            compared = defined | other
+            exact = ops.roi_align_reference(plain, rois[compared], *args, dtype=torch.float64)
+            (want,) = torch.autograd.grad(exact, plain, grad[compared].double())
+            check(got, want.contiguous())
 
 
 # ------------------------------------------------------------------------------------------------------------- roi_pool
