@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall".split()
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
 
 
 def say(message: str) -> None:
@@ -30,7 +30,10 @@ def openmp_flags(cxx: list[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "openmp.cpp")
         source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-        found = subprocess.run([*cxx, "-fopenmp", source, "-o", source.with_suffix("")], capture_output=True).returncode == 0
+        found = (
+            subprocess.run([*cxx, "-fopenmp", source, "-o", source.with_suffix("")], capture_output=True).returncode
+            == 0
+        )
     say("OpenMP found" if found else "no OpenMP: kernels run on one thread")
     return ["-fopenmp"] if found else []
 
@@ -43,7 +46,9 @@ def find_nvcc(sources: list[Path]) -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
     if want == "1" and not nvcc:
-        raise SystemExit("pyzoo build: PYZOO_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin; install the CUDA toolkit (>= 12)")
+        raise SystemExit(
+            "pyzoo build: PYZOO_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin; install the CUDA toolkit (>= 12)"
+        )
     if want == "0":
         say("CPU only: PYZOO_CUDA=0")
     elif not nvcc:
@@ -73,7 +78,9 @@ class NinjaBuild(build_ext):
         openmp = openmp_flags(cxx)
         flags = [*FLAGS, *openmp, f"-DPYZOO_VERSION={VERSION}", f"-I{ROOT / 'csrc'}", f"-isystem{link}"]
         flags += [f"-isystem{sysconfig.get_path('include')}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        shared = ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+        shared = (
+            ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
+        )
         libraries = [*openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
         kernels = sorted((ROOT / "csrc").glob("**/*.cpp"))
@@ -83,17 +90,29 @@ class NinjaBuild(build_ext):
         if nvcc:
             archs = os.environ.get("PYZOO_CUDA_ARCHS", "80 90").replace(",", " ").replace(".", "").split()
             nvcc_flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            nvcc_flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", "--cudart=static", "-O3", "-std=c++17"]
+            nvcc_flags += [
+                f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
+                "--cudart=static",
+                "-O3",
+                "-std=c++17",
+            ]
             nvcc_flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             flags.append(f'-DPYZOO_CUDA_ARCHS="{" ".join(archs)}"')
-            libraries += [f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            libraries += [
+                f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}",
+                "-lcudart_static",
+                "-lrt",
+                "-ldl",
+                "-lpthread",
+            ]
 
         lines = [
             f"rule cxx\n command = {shlex.join(cxx)} {shlex.join(flags)} -MMD -MF $out.d -c $in -o $out",
             " depfile = $out.d\n deps = gcc\n description = $in",
             f"rule nvcc\n command = {nvcc} {shlex.join(nvcc_flags)} -MMD -MF $out.d -c $in -o $out",
             " depfile = $out.d\n deps = gcc\n description = $in",
-            f"rule link\n command = {shlex.join(cxx + shared)} $in {shlex.join(libraries)} -o $out\n description = $out",
+            f"rule link\n command = {shlex.join(cxx + shared)} $in {shlex.join(libraries)} -o $out",
+            " description = $out",
         ]
         objects = []
         for source in kernels + (cuda_kernels if nvcc else []):
