@@ -81,7 +81,7 @@ def pooling_inputs(dtype: torch.dtype, memory_format: torch.memory_format) -> It
     yield "no_columns", x[..., :0], boxes, 2, 0.5, False
     yield "box_list", x, [boxes[:3, 1:], boxes[3:, 1:]], 2, 0.5, True
     yield "box_list_empty", x, [boxes[:0, 1:], boxes[:2, 1:]], 2, 0.5, True
-    yield "fraction_of_index", x, rois([0.9, 1, 2, 8, 9], [-0.5, 1, 2, 8, 9], [1.5, 1, 2, 8, 9]), 2, 1.0, True
+    yield "fraction_of_index", x, rois([0.9, 1, 2, 8, 9], [0.5, 1, 2, 8, 9], [1.5, 1, 2, 8, 9]), 2, 1.0, True
     yield (
         "outside",
         x,
