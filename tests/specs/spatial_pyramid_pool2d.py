@@ -67,7 +67,12 @@ def errors():
     good = {"input": torch.zeros(1, 3, 8, 8), "levels": (1, 2), "mode": "max"}
     for id, change, error, match in (
         ("input_rank", {"input": torch.zeros(8, 8)}, ValueError, r"input must have shape \[N, C, H, W\], got \[8, 8\]"),
-        ("input_integer", {"input": torch.zeros(1, 3, 8, 8).int()}, TypeError, "input must be float32.*got torch.int32"),
+        (
+            "input_integer",
+            {"input": torch.zeros(1, 3, 8, 8).int()},
+            TypeError,
+            "input must be float32.*got torch.int32",
+        ),
         ("input_array", {"input": [[1.0]]}, TypeError, "input must be a torch.Tensor, got list"),
         ("input_sparse", {"input": torch.zeros(1, 3, 8, 8).to_sparse()}, TypeError, "must be dense"),
         ("no_rows", {"input": torch.zeros(1, 3, 0, 8)}, ValueError, r"must have pixels, got shape \[1, 3, 0, 8\]"),
