@@ -52,26 +52,114 @@ struct Pyramid {
   }
 };
 
-// Where a level is pooled from: the map, or a finer level whose bins make up its own.
+// A level, and where it is pooled from: the pixels of the map, or the bins of a finer level. Its rows of bins are made of the rows y of
+// that, its columns of the columns x.
 struct Step {
   const Level* level;
   const Level* finer;  // null: the map
+  std::vector<Span> y, x;
 };
+
+struct Plan {
+  Level cells;  // of the mean: the pieces into which the bins of several levels cut the map; no bins if not used
+  std::vector<Step> steps;
+  int64_t bins;                 // in the levels and cells together
+  int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
+};
+
+// The runs of pixels that no border of a bin divides.
+std::vector<Span> cut_between(const std::vector<const std::vector<Span>*>& axes) {
+  std::vector<int64_t> cuts;
+  for (const std::vector<Span>* axis : axes)
+    for (const Span& bin : *axis) cuts.insert(cuts.end(), {bin.begin, bin.end});
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  std::vector<Span> spans;
+  for (size_t i = 1; i < cuts.size(); ++i) spans.push_back({cuts[i - 1], cuts[i]});
+  return spans;
+}
+
+Level cut_cells(const std::vector<const Level*>& levels, int64_t first) {
+  std::vector<const std::vector<Span>*> y, x;
+  for (const Level* level : levels) y.push_back(&level->y), x.push_back(&level->x);
+  Level cells{0, 0, first, cut_between(y), cut_between(x)};
+  cells.height = int64_t(cells.y.size()), cells.width = int64_t(cells.x.size());
+  return cells;
+}
+
+// The finer spans that make up each span: both are in ascending order, and the finer ones have a border wherever these have one.
+std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<Span>& finer) {
+  std::vector<Span> out;
+  for (const Span& span : spans) {
+    const auto begins = [](const Span& a, int64_t at) { return a.begin < at; };
+    const auto first = std::lower_bound(finer.begin(), finer.end(), span.begin, begins);
+    out.push_back({first - finer.begin(), std::lower_bound(first, finer.end(), span.end, begins) - finer.begin()});
+  }
+  return out;
+}
 
 // A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does not
 // mind that these may overlap by a pixel; the mean does.
-std::vector<Step> plan_steps(const Pyramid& pyramid, int64_t height, int64_t width, bool average) {
-  std::vector<Step> steps;
-  for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr});
+Plan make_plan(const Pyramid& pyramid, int64_t height, int64_t width, bool average) {
+  Plan plan{{}, {}, pyramid.bins};
+  std::vector<Step>& steps = plan.steps;
+  for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr, level.y, level.x});
   std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.level->bins() > b.level->bins(); });
+  const auto multiples = [](int64_t count, int64_t of) {
+    std::vector<Span> spans;
+    for (int64_t i = 0; i < count; ++i) spans.push_back({i * of, (i + 1) * of});
+    return spans;
+  };
   for (size_t i = 1; i < steps.size(); ++i)
     for (size_t j = 0; j < i; ++j) {
       const Level &level = *steps[i].level, &finer = *steps[j].level;
       if (average && (height % finer.height != 0 || width % finer.width != 0)) continue;
-      if (finer.height % level.height == 0 && finer.width % level.width == 0) steps[i].finer = &finer;  // the coarsest one is kept
+      if (finer.height % level.height != 0 || finer.width % level.width != 0) continue;
+      steps[i] = {&level, &finer, multiples(level.height, finer.height / level.height), multiples(level.width, finer.width / level.width)};
     }
-  return steps;
+  std::vector<const Level*> roots;
+  for (const Step& step : steps)
+    if (!step.finer) roots.push_back(step.level);
+  if (average && roots.size() > 1) {
+    plan.cells = cut_cells(roots, pyramid.bins);
+    const int64_t passes = int64_t(roots.size()), cells = plan.cells.bins(), pixels = height * width;
+    if (pixels + (passes + 1) * cells < passes * pixels) {
+      for (Step& step : steps)
+        if (!step.finer) step = {step.level, &plan.cells, in_terms_of(step.y, plan.cells.y), in_terms_of(step.x, plan.cells.x)};
+      steps.insert(steps.begin(), {&plan.cells, nullptr, plan.cells.y, plan.cells.x});
+      plan.bins += cells;
+    }
+  }
+  for (const Step& step : steps)
+    if (!step.finer) ++plan.passes, plan.rows += step.level->height;
+  return plan;
 }
+
+// For each cell, row by row, the bins that cover it.
+struct Cover {
+  Level cells;
+  std::vector<int64_t> bins;   // of cell k: [first[k], first[k + 1])
+  std::vector<int64_t> first;
+
+  explicit Cover(const Pyramid& pyramid) : first{0} {
+    std::vector<const Level*> levels;
+    for (const Level& level : pyramid.levels) levels.push_back(&level);
+    cells = cut_cells(levels, 0);
+    const auto covering = [](const std::vector<Span>& all, const Span& cell) {
+      const auto begin = std::partition_point(all.begin(), all.end(), [&](const Span& bin) { return bin.end <= cell.begin; });
+      const auto end = std::partition_point(begin, all.end(), [&](const Span& bin) { return bin.begin < cell.end; });
+      return Span{begin - all.begin(), end - all.begin()};
+    };
+    for (int64_t k = 0; k < cells.bins(); ++k) {
+      for (const Level& level : pyramid.levels) {
+        const Span y = covering(level.y, cells.bin(k).y), x = covering(level.x, cells.bin(k).x);
+        for (int64_t i = y.begin; i < y.end; ++i)
+          for (int64_t j = x.begin; j < x.end; ++j) bins.push_back(level.first + i * level.width + j);
+      }
+      first.push_back(int64_t(bins.size()));
+    }
+  }
+};
 
 enum class Mode { average, max, argmax };
 
@@ -108,11 +196,12 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
   }
   if (output.numel() == 0) return;
   check(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
-  const std::vector<Step> steps = plan_steps(pyramid, map.height, map.width, average);
+  const Plan plan = make_plan(pyramid, map.height, map.width, average);
+  const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
   dispatch_floating(input.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template pool<T>)(map, pyramid, steps, average ? Mode::average : argmax ? Mode::argmax : Mode::max, output.ptr<T>(), indices);
+    PZ_FOR_ISA(template pool<T>)(map, pyramid, plan, mode, output.ptr<T>(), indices);
   });
 }
 
@@ -131,11 +220,8 @@ void spatial_pyramid_pool2d_bwd_cpu(const Tensor& grad_output, const Tensor* arg
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch_floating(grad_input.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (argmax) {
-      PZ_FOR_ISA(template scatter<T>)(map, pyramid, grad_output.ptr<const T>(), argmax->ptr<const int32_t>());
-    } else {
-      PZ_FOR_ISA(template spread<T>)(map, pyramid, grad_output.ptr<const T>());
-    }
+    const int32_t* indices = argmax ? argmax->ptr<const int32_t>() : nullptr;
+    PZ_FOR_ISA(template unpool<T>)(map, pyramid, grad_output.ptr<const T>(), indices);
   });
 }
 
