@@ -63,7 +63,7 @@ struct Step {
 struct Plan {
   Level cells;  // of the mean: the pieces into which the bins of several levels cut the map; no bins if not used
   std::vector<Step> steps;
-  int64_t bins;                 // in the levels and cells together
+  int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
 };
 
@@ -100,7 +100,8 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
 
 // A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does not
 // mind that these may overlap by a pixel; the mean does.
-Plan make_plan(const Pyramid& pyramid, int64_t height, int64_t width, bool average) {
+Plan make_plan(const Pyramid& pyramid, const FeatureMap& map, bool average) {
+  const int64_t height = map.height, width = map.width;
   Plan plan{{}, {}, pyramid.bins};
   std::vector<Step>& steps = plan.steps;
   for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr, level.y, level.x});
@@ -123,7 +124,8 @@ Plan make_plan(const Pyramid& pyramid, int64_t height, int64_t width, bool avera
   if (average && roots.size() > 1) {
     plan.cells = cut_cells(roots, pyramid.bins);
     const int64_t passes = int64_t(roots.size()), cells = plan.cells.bins(), pixels = height * width;
-    if (pixels + (passes + 1) * cells < passes * pixels) {
+    const int64_t cost = map.pixel_stride == 1 ? 1 : 2;  // of reading a pixel: there is more between channels_last ones
+    if (cost * pixels + (passes + 1) * cells < passes * cost * pixels) {
       for (Step& step : steps)
         if (!step.finer) step = {step.level, &plan.cells, in_terms_of(step.y, plan.cells.y), in_terms_of(step.x, plan.cells.x)};
       steps.insert(steps.begin(), {&plan.cells, nullptr, plan.cells.y, plan.cells.x});
@@ -138,7 +140,7 @@ Plan make_plan(const Pyramid& pyramid, int64_t height, int64_t width, bool avera
 // For each cell, row by row, the bins that cover it.
 struct Cover {
   Level cells;
-  std::vector<int64_t> bins;   // of cell k: [first[k], first[k + 1])
+  std::vector<int64_t> bins;  // of cell k: [first[k], first[k + 1])
   std::vector<int64_t> first;
 
   explicit Cover(const Pyramid& pyramid) : first{0} {
@@ -175,8 +177,7 @@ void check_features(const Tensor& t, const char* name, const FeatureMap& map, co
   check_tensor(t, name, 2);
   check_cpu(t, name);
   const int64_t features = map.channels * pyramid.bins;
-  check(t.shape[0] == map.images && t.shape[1] == features,
-        std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
+  check(t.shape[0] == map.images && t.shape[1] == features, std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
   const bool rows = (t.stride[1] == 1 || features == 1) && (t.stride[0] == features || map.images == 1);
   check(rows || t.numel() == 0, std::string(name) + " must be contiguous");
 }
@@ -196,7 +197,7 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
   }
   if (output.numel() == 0) return;
   check(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
-  const Plan plan = make_plan(pyramid, map.height, map.width, average);
+  const Plan plan = make_plan(pyramid, map, average);
   const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
   dispatch_floating(input.dtype, [&](auto zero) {
