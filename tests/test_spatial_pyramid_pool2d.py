@@ -1,5 +1,5 @@
-"""What the battery does not ask of spatial pyramid pooling: which maximum gets the gradient, every small map, and the mean
-where one typical call stands for all."""
+"""What the battery does not ask of spatial pyramid pooling: which maximum gets the gradient, every small map, and the
+mean where one typical call stands for all."""
 
 import pytest
 import torch

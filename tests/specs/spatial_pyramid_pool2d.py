@@ -137,6 +137,7 @@ def bench():
     for shape, levels, modes, quick in BENCH:
         images, channels, height, width = shape
         pixels, bins = height * width, sum(n * n for n in levels)
+        name = f"levels {','.join(map(str, levels))}"
         for mode in modes:
             for layout, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
                 for backward in (False, True):
@@ -148,7 +149,7 @@ def bench():
                     # Reads the map, or writes its gradient; the pooled values, and in the backward the positions.
                     features = bins * (2 if backward and mode == "max" else 1)
                     yield BenchCase(
-                        f"{direction} {'x'.join(map(str, shape))} {layout}, {mode}, levels {','.join(map(str, levels))}",
+                        f"{direction} {'x'.join(map(str, shape))} {layout}, {mode}, {name}",
                         f"{direction} {mode} {layout}",
                         make,
                         backward=backward,
