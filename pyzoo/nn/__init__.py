@@ -2,5 +2,6 @@
 
 from pyzoo.ops.roi_align import MultiScaleRoIAlign, RoIAlign
 from pyzoo.ops.roi_pool import RoIPool
+from pyzoo.ops.spatial_pyramid_pool2d import SpatialPyramidPool2d
 
-__all__ = ["MultiScaleRoIAlign", "RoIAlign", "RoIPool"]
+__all__ = ["MultiScaleRoIAlign", "RoIAlign", "RoIPool", "SpatialPyramidPool2d"]

@@ -10,11 +10,17 @@ from pyzoo.ops.roi_align import (
     roi_align_reference,
 )
 from pyzoo.ops.roi_pool import RoIPool, roi_pool, roi_pool_reference
+from pyzoo.ops.spatial_pyramid_pool2d import (
+    SpatialPyramidPool2d,
+    spatial_pyramid_pool2d,
+    spatial_pyramid_pool2d_reference,
+)
 
 __all__ = [
     "MultiScaleRoIAlign",
     "RoIAlign",
     "RoIPool",
+    "SpatialPyramidPool2d",
     "batched_nms",
     "batched_nms_reference",
     "multiscale_roi_align",
@@ -25,4 +31,6 @@ __all__ = [
     "roi_align_reference",
     "roi_pool",
     "roi_pool_reference",
+    "spatial_pyramid_pool2d",
+    "spatial_pyramid_pool2d_reference",
 ]
