@@ -19,6 +19,8 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "roi_pool": ("roi_pool_fwd", "roi_pool_bwd"),
     "nms": ("nms",),
     "batched_nms": ("nms",),
+    "gram_matrix": ("gram_matrix_fwd", "gram_matrix_bwd"),
+    "gram_loss": ("gram_loss_fwd", "gram_matrix_bwd"),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

@@ -114,7 +114,7 @@ void gram_loss_fwd_cpu(const Tensor& features, const Tensor& target, const Tenso
       PZ_FOR_ISA(template gram_matrix_fwd<T>)(map, difference.ptr<A>(), gram_scale(map, normalize));
       total = PZ_FOR_ISA(subtract_target)(targets, difference.ptr<A>(), map.images);
     }
-    *loss.ptr<A>() = A(total / double(difference.numel()));  // of nothing: NaN, as mean() gives
+    *loss.ptr<A>() = A(total / std::max(1.0, double(difference.numel())));
   });
 }
 
