@@ -20,6 +20,8 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "nms": ("nms",),
     "batched_nms": ("nms",),
     "spatial_pyramid_pool2d": ("spatial_pyramid_pool2d_fwd", "spatial_pyramid_pool2d_bwd"),
+    "gram_matrix": ("gram_matrix_fwd", "gram_matrix_bwd"),
+    "gram_loss": ("gram_loss_fwd", "gram_matrix_bwd"),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

@@ -1,7 +1,9 @@
 """Modules around the operators of :mod:`pyzoo.ops`, with the arguments of what they replace."""
 
+from pyzoo.ops.gram_matrix import GramLoss, GramMatrix
 from pyzoo.ops.roi_align import MultiScaleRoIAlign, RoIAlign
 from pyzoo.ops.roi_pool import RoIPool
 from pyzoo.ops.spatial_pyramid_pool2d import SpatialPyramidPool2d
 
 __all__ = ["MultiScaleRoIAlign", "RoIAlign", "RoIPool", "SpatialPyramidPool2d"]
+__all__ = ["GramLoss", "GramMatrix", "MultiScaleRoIAlign", "RoIAlign", "RoIPool"]

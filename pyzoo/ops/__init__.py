@@ -1,5 +1,13 @@
 """The operators, with torchvision's signatures where it has them; each is also ``torch.ops.pyzoo.<name>``."""
 
+from pyzoo.ops.gram_matrix import (
+    GramLoss,
+    GramMatrix,
+    gram_loss,
+    gram_loss_reference,
+    gram_matrix,
+    gram_matrix_reference,
+)
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from pyzoo.ops.roi_align import (
     MultiScaleRoIAlign,
@@ -17,12 +25,18 @@ from pyzoo.ops.spatial_pyramid_pool2d import (
 )
 
 __all__ = [
+    "GramLoss",
+    "GramMatrix",
     "MultiScaleRoIAlign",
     "RoIAlign",
     "RoIPool",
     "SpatialPyramidPool2d",
     "batched_nms",
     "batched_nms_reference",
+    "gram_loss",
+    "gram_loss_reference",
+    "gram_matrix",
+    "gram_matrix_reference",
     "multiscale_roi_align",
     "multiscale_roi_align_reference",
     "nms",

@@ -63,6 +63,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     layouts: tuple[str, str] = ("NCHW", "NHWC")  # what samples make of torch.contiguous_format, torch.channels_last
     differentiable: tuple[int, ...] = ()
+    wide_output: bool = False  # float32 for half precision; else the output has the dtype of the first argument
     exact: bool = False  # outputs are indices: compare for equality, not within tolerance
     tolerances: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)  # dtype -> (rtol, atol)
     autocast: bool = False  # casts its tensors to the dtype of autocast; else autocast changes nothing
