@@ -49,3 +49,38 @@ def roi_pool_bwd_cpu(
     grad_output: Array, input: Array, rois: Array, grad_input: Array, spatial_scale: float
 ) -> None: ...
 def roi_pool_bwd_argmax_cpu(grad_output: Array, rois: Array, argmax: Array, grad_input: Array) -> None: ...
+def masked_conv2d_fwd_cpu(
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    output: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_input_cpu(
+    grad_output: Array,
+    weight: Array,
+    grad_input: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_weight_cpu(
+    grad_output: Array,
+    input: Array,
+    grad_weight: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_bias_cpu(grad_output: Array, grad_bias: Array) -> None: ...

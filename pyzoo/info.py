@@ -19,6 +19,12 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "roi_pool": ("roi_pool_fwd", "roi_pool_bwd"),
     "nms": ("nms",),
     "batched_nms": ("nms",),
+    "masked_conv2d": (
+        "masked_conv2d_fwd",
+        "masked_conv2d_bwd_input",
+        "masked_conv2d_bwd_weight",
+        "masked_conv2d_bwd_bias",
+    ),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"
