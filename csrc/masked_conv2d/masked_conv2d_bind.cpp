@@ -12,8 +12,7 @@ void register_masked_conv2d(py::module_& m) {
       [](const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output, const std::string& mask,
          int64_t colors, int64_t gates, int64_t groups, int64_t dilation_y, int64_t dilation_x) {
         py::gil_scoped_release release;
-        masked_conv2d_fwd_cpu(input, weight, bias ? &*bias : nullptr, output,
-                              {mask, colors, gates, groups, dilation_y, dilation_x});
+        masked_conv2d_fwd_cpu(input, weight, bias ? &*bias : nullptr, output, {mask, colors, gates, groups, dilation_y, dilation_x});
       },
       "input"_a, "weight"_a, "bias"_a, "output"_a, "mask"_a, "colors"_a, "gates"_a, "groups"_a, "dilation_y"_a, "dilation_x"_a);
   m.def(

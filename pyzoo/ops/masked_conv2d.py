@@ -65,19 +65,23 @@ def masked_conv2d_reference(
 ) -> Tensor:
     """:func:`masked_conv2d` in plain PyTorch: the specification of the kernels. What is masked takes no part, so that
     not even NaN gets through."""
-    dilation = common.pair("masked_conv2d_reference", dilation)
+    dilation = common.pair("masked_conv2d_reference", dilation, "dilation")
     out_channels, _, *kernel = weight.shape
     images, in_channels, height, width = input.shape
     live = live_weights(out_channels, in_channels, kernel, mask, colors=colors, gates=gates, groups=groups)
     pad_y, pad_x = (size // 2 * step for size, step in zip(kernel, dilation, strict=True))
     padded = F.pad(input, (pad_x, pad_x, pad_y, pad_y)).unflatten(1, (groups, in_channels // groups))
-    output = input.new_zeros(images, out_channels, height, width)
+    # Empty, but differentiable in all where no tap is live.
+    outputs = [input.new_zeros(images, 0, height, width) + input[:0].sum() + weight[:0].sum()]
     for o in range(out_channels):
         source = padded[:, o * groups // out_channels]
-        for i, y, x in live[o].nonzero().tolist():
-            window = source[:, i, y * dilation[0] :, x * dilation[1] :][:, :height, :width]
-            output = output.index_add(1, torch.tensor([o], device=input.device), (weight[o, i, y, x] * window)[:, None])
-    return output if bias is None else output + bias[:, None, None]
+        total = input.new_zeros(images, height, width) + (0 if bias is None else bias[o])
+        for y, x in live[o].any(0).nonzero().tolist():
+            seen = live[o, :, y, x]
+            window = source[:, seen, y * dilation[0] :, x * dilation[1] :][:, :, :height, :width]
+            total = total + (weight[o, seen, y, x, None, None] * window).sum(1)
+        outputs.append(total[:, None])
+    return torch.cat(outputs, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
@@ -121,11 +125,14 @@ def _check_map(op: str, name: str, x: Tensor, other_name: str, other: Tensor) ->
     common.check_same_device(op, name, x, other_name, other)
 
 
-def _check_weight(op: str, name: str, channels: int, weight: Tensor, dim: int, groups: int) -> None:
-    """``channels`` of the map called ``name`` against those of the weight: of the output, dim 0, or of the input."""
+def _check_weight(op: str, name: str, x: Tensor, weight: Tensor, is_input: bool, config: tuple) -> None:
+    """``x``, called ``name``, is what the convolution takes or what it gives."""
+    _check_map(op, name, x, "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"{op}: weight must have shape [OC, IC / groups, KH, KW], got {list(weight.shape)}")
-    expected = weight.shape[1] * groups if dim else weight.shape[0]
+    groups, channels = config[3], x.shape[1]
+    expected = weight.shape[1] * groups if is_input else weight.shape[0]
+    _check_config(op, weight.shape[0], weight.shape[1] * groups, weight.shape[2:], *config)
     if channels != expected:
         raise ValueError(
             f"{op}: {name} must have {expected} channels for weight {list(weight.shape)} and groups={groups}, got "
@@ -134,11 +141,9 @@ def _check_weight(op: str, name: str, channels: int, weight: Tensor, dim: int, g
 
 
 def _fake(input, weight, bias, *config):
-    op, groups = "masked_conv2d", config[3]
-    _check_map(op, "input", input, "weight", weight)
-    _check_weight(op, "input", input.shape[1], weight, 1, groups)
+    op = "masked_conv2d"
+    _check_weight(op, "input", input, weight, True, config)
     out_channels = weight.shape[0]
-    _check_config(op, out_channels, input.shape[1], weight.shape[2:], *config)
     if bias is not None:
         if bias.shape != (out_channels,):
             raise ValueError(f"{op}: bias must have shape [{out_channels}], got {list(bias.shape)}")
@@ -156,12 +161,8 @@ def _cpu(input, weight, bias, *config):
 
 
 def _input_fake(grad_output, weight, channels_last, *config):
-    op, groups = "_masked_conv2d_input", config[3]
-    _check_map(op, "grad_output", grad_output, "weight", weight)
-    _check_weight(op, "grad_output", grad_output.shape[1], weight, 0, groups)
-    in_channels = weight.shape[1] * groups
-    _check_config(op, weight.shape[0], in_channels, weight.shape[2:], *config)
-    shape = (grad_output.shape[0], in_channels, *grad_output.shape[2:])
+    _check_weight("_masked_conv2d_input", "grad_output", grad_output, weight, False, config)
+    shape = (grad_output.shape[0], weight.shape[1] * config[3], *grad_output.shape[2:])
     return common.empty(shape, grad_output, channels_last)
 
 
@@ -193,7 +194,9 @@ def _weight_cpu(grad_output, input, *rest):
 
 def _bias_fake(grad_output):
     if grad_output.dim() != 4:
-        raise ValueError(f"_masked_conv2d_bias: grad_output must have shape [N, C, H, W], got {list(grad_output.shape)}")
+        raise ValueError(
+            f"_masked_conv2d_bias: grad_output must have shape [N, C, H, W], got {list(grad_output.shape)}"
+        )
     common.check_floating("_masked_conv2d_bias", "grad_output", grad_output)
     return grad_output.new_empty(grad_output.shape[1])
 
@@ -437,7 +440,7 @@ def masked_conv2d(
         common.check_tensor("masked_conv2d", name, tensor)
     if bias is not None:
         common.check_tensor("masked_conv2d", "bias", bias)
-    dilation_y, dilation_x = common.pair("masked_conv2d", dilation)
+    dilation_y, dilation_x = common.pair("masked_conv2d", dilation, "dilation")
     return _masked_conv2d(input, weight, bias, ALIASES.get(mask, mask), colors, gates, groups, dilation_y, dilation_x)
 
 
@@ -460,7 +463,8 @@ class MaskedConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ):
-        kernel, dilation = (common.pair("MaskedConv2d", size) for size in (kernel_size, dilation))
+        kernel = common.pair("MaskedConv2d", kernel_size, "kernel_size")
+        dilation = common.pair("MaskedConv2d", dilation, "dilation")
         mask = ALIASES.get(mask, mask)
         _check_config("MaskedConv2d", out_channels, in_channels, kernel, mask, colors, gates, groups, *dilation)
         super().__init__(
