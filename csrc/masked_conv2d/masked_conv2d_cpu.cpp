@@ -42,21 +42,17 @@ struct Product {
   }
 };
 
-// A band of rows of one group of the source, in the accumulation type: [row][column][channel] if `last`, else [row][channel][column],
-// with zeros around the map.
+// A band of rows of one group of the source, in the type of the sums: [row][column][channel], with zeros around the map. The taps of
+// a row of the kernel are one long run in it.
 struct Band {
   Reach reach;
   int64_t depth, width;
-  bool last;
 
   Band(const Product& product, const FeatureMap& map)
       : reach(product.taps, product.sign(), map.height, map.width),
         depth(product.depth),
-        width(reach.left + map.width + reach.right),
-        last(map.channels_last() || depth < 8) {}  // few channels: the taps of a row become one long run
+        width(reach.left + map.width + reach.right) {}
 
-  int64_t pixel_stride() const { return last ? depth : 1; }
-  int64_t channel_stride() const { return last ? 1 : width; }
   int64_t row_stride() const { return width * depth; }
 };
 
@@ -91,8 +87,7 @@ void make_runs(Panel<A>& panel, const Product& product, int64_t group, const Ban
     if (std::abs(dy) >= map.height || std::abs(dx) >= map.width) continue;
     for (int64_t k = 0, end; k < product.depth; k = end) {
       end = taps.ordered(tap) ? product.same_until(group, k) : product.depth;
-      Run run{dy * band.row_stride() + dx * band.pixel_stride() + k * band.channel_stride(), (tap - taps.first) * product.depth + k,
-              end - k, -1};
+      Run run{dy * band.row_stride() + dx * band.depth + k, (tap - taps.first) * product.depth + k, end - k, -1};
       if (taps.ordered(tap)) {
         int64_t joined = 0;
         for (int64_t lane = 0; lane < panel.count; ++lane) joined += product.joins(group, panel.begin + lane, k);
@@ -106,7 +101,7 @@ void make_runs(Panel<A>& panel, const Product& product, int64_t group, const Ban
       terms += run.depth;
       Run* before = whole.empty() ? nullptr : &whole.back();
       if (before && before->live < 0 && run.live < 0 && before->term + before->depth == run.term &&
-          before->offset + before->depth * band.channel_stride() == run.offset) {
+          before->offset + before->depth == run.offset) {
         before->depth += run.depth;
       } else {
         whole.push_back(run);
@@ -125,7 +120,7 @@ void make_runs(Panel<A>& panel, const Product& product, int64_t group, const Ban
       Run part = run;
       part.depth = std::min(run.depth, room);
       panel.runs.push_back(part);
-      run.offset += part.depth * band.channel_stride(), run.term += part.depth, run.depth -= part.depth, room -= part.depth;
+      run.offset += part.depth, run.term += part.depth, run.depth -= part.depth, room -= part.depth;
     }
   panel.chunks.push_back(int64_t(panel.runs.size()));
 }
