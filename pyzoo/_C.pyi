@@ -58,3 +58,38 @@ def spatial_pyramid_pool2d_bwd_cpu(
 def gram_matrix_fwd_cpu(features: Array, gram: Array, normalize: bool) -> None: ...
 def gram_matrix_bwd_cpu(grad_gram: Array, features: Array, grad_features: Array, normalize: bool) -> None: ...
 def gram_loss_fwd_cpu(features: Array, target: Array, difference: Array, loss: Array, normalize: bool) -> None: ...
+def masked_conv2d_fwd_cpu(
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    output: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_input_cpu(
+    grad_output: Array,
+    weight: Array,
+    grad_input: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_weight_cpu(
+    grad_output: Array,
+    input: Array,
+    grad_weight: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_bias_cpu(grad_output: Array, grad_bias: Array) -> None: ...

@@ -22,6 +22,12 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "spatial_pyramid_pool2d": ("spatial_pyramid_pool2d_fwd", "spatial_pyramid_pool2d_bwd"),
     "gram_matrix": ("gram_matrix_fwd", "gram_matrix_bwd"),
     "gram_loss": ("gram_loss_fwd", "gram_matrix_bwd"),
+    "masked_conv2d": (
+        "masked_conv2d_fwd",
+        "masked_conv2d_bwd_input",
+        "masked_conv2d_bwd_weight",
+        "masked_conv2d_bwd_bias",
+    ),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

@@ -8,6 +8,7 @@ from pyzoo.ops.gram_matrix import (
     gram_matrix,
     gram_matrix_reference,
 )
+from pyzoo.ops.masked_conv2d import MaskedConv2d, masked_conv2d, masked_conv2d_reference
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from pyzoo.ops.roi_align import (
     MultiScaleRoIAlign,
@@ -27,6 +28,7 @@ from pyzoo.ops.spatial_pyramid_pool2d import (
 __all__ = [
     "GramLoss",
     "GramMatrix",
+    "MaskedConv2d",
     "MultiScaleRoIAlign",
     "RoIAlign",
     "RoIPool",
@@ -37,6 +39,8 @@ __all__ = [
     "gram_loss_reference",
     "gram_matrix",
     "gram_matrix_reference",
+    "masked_conv2d",
+    "masked_conv2d_reference",
     "multiscale_roi_align",
     "multiscale_roi_align_reference",
     "nms",
