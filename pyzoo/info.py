@@ -19,6 +19,7 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "roi_pool": ("roi_pool_fwd", "roi_pool_bwd"),
     "nms": ("nms",),
     "batched_nms": ("nms",),
+    "depthwise_conv2d": ("depthwise_conv2d_fwd", "depthwise_conv2d_bwd_input", "depthwise_conv2d_bwd_weight"),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

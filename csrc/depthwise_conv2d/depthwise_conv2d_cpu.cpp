@@ -21,8 +21,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // gradient fall into s phases by their position modulo s: each phase sees the sources like a convolution of stride 1 that has
 // only every s-th tap. A convolution has one phase.
 struct Phase {
-  int64_t count;                    // outputs of this phase
-  int64_t first, step, taps;        // window positions of the taps of the phase's first output: first, first + step, ...
+  int64_t count;                      // outputs of this phase
+  int64_t first, step, taps;          // window positions of the taps of the phase's first output: first, first + step, ...
   int64_t kernel_first, kernel_step;  // the place of these taps in the kernel
 };
 
@@ -121,14 +121,15 @@ void check_sliding(const FeatureMap& input, const FeatureMap& output, const Tens
   const int64_t taps = weight.shape[2] * weight.shape[3];
   check(weight.shape[0] == input.channels && output.channels == input.channels && output.images == input.images,
         "input, weight and output must have the same channels and images");
-  check(weight.numel() == 0 || (taps > 0 && weight.shape[1] == 1 && (weight.shape[3] == 1 || weight.stride[3] == 1) &&
-                                (weight.shape[2] == 1 || weight.stride[2] == weight.shape[3]) &&
-                                (weight.shape[0] == 1 || weight.stride[0] == taps)),
+  check(weight.numel() == 0 ||
+            (taps > 0 && weight.shape[1] == 1 && (weight.shape[3] == 1 || weight.stride[3] == 1) &&
+             (weight.shape[2] == 1 || weight.stride[2] == weight.shape[3]) && (weight.shape[0] == 1 || weight.stride[0] == taps)),
         std::string(weight_name) + " must be contiguous, got shape " + weight.shape_string());
   for (int axis = 0; axis < 2; ++axis)
     check(s.stride[axis] > 0 && s.dilation[axis] > 0 && s.padding[axis] >= 0, "stride, dilation and padding are out of range");
   const auto planar = [](const FeatureMap& map) { return map.pixel_stride == 1; };
-  check((input.channels_last() && output.channels_last()) || (planar(input) && planar(output)),
+  const bool none = input.images == 0 || input.channels == 0;  // then strides mean nothing
+  check(none || (input.channels_last() && output.channels_last()) || (planar(input) && planar(output)),
         "input and output must both have neighbouring channels, or both neighbouring columns");
 }
 
