@@ -113,7 +113,8 @@ def _check_channels(op: str, channels: int, name: str, t: Tensor) -> None:
     count = t.shape[0] if name == "weight" else t.shape[1]
     if count % max(channels, 1) or (count == 0) != (channels == 0):
         raise ValueError(
-            f"{op}: the channels of {name} must be a multiple of the input's {channels}, got {name} of shape {list(t.shape)}"
+            f"{op}: the channels of {name} must be a multiple of the input's {channels}, got {name} of shape "
+            f"{list(t.shape)}"
         )
 
 
@@ -278,8 +279,8 @@ _depthwise_conv2d_grad_weight = Operator(
 
 
 # -------------------------------------------------------------------------------------------------------- derivatives
-# The convolution and its two gradients are linear in each of their two tensors, and the derivatives of one are the other
-# two. So any order closes.
+# The convolution and its two gradients are linear in each of their two tensors, and the derivatives of one are the
+# other two. So any order closes.
 
 
 def _convolve(input, weight, geometry):
