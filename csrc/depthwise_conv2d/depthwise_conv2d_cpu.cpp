@@ -91,6 +91,13 @@ Span band_of(int64_t n, int64_t unit, int64_t bands, int64_t b) {
   return {std::min(n, units * b / bands * unit), std::min(n, units * (b + 1) / bands * unit)};
 }
 
+// Of taps at first, first + step, ... those that lie in [0, sources) for some `first` in [low, high].
+Span valid_taps(int64_t low, int64_t high, int64_t step, int64_t taps, int64_t sources) {
+  const int64_t begin = high >= 0 ? 0 : std::min(taps, ceil_div(-high, step));
+  const int64_t end = low + (taps - 1) * step < sources ? taps : low >= sources ? begin : ceil_div(sources - low, step);
+  return {begin, std::max(begin, end)};
+}
+
 template <class A>
 struct Aligned {  // grows, stays; starts at a cache line
   std::vector<A> memory;
