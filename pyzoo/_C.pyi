@@ -23,6 +23,32 @@ LevelMap = tuple[int, float, float, float]
 
 def build_info() -> BuildInfo: ...
 def set_isa(name: str) -> None: ...
+def depthwise_conv2d_fwd_cpu(
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    output: Array,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: int,
+) -> None: ...
+def depthwise_conv2d_bwd_input_cpu(
+    grad_output: Array,
+    weight: Array,
+    grad_input: Array,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None: ...
+def depthwise_conv2d_bwd_weight_cpu(
+    grad_output: Array,
+    input: Array,
+    grad_weight: Array,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None: ...
 def nms_cpu(
     boxes: Array, scores: Array, idxs: Array | None, iou_threshold: float, keep: Array, shift_classes: bool
 ) -> int | list[int]: ...

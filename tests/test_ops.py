@@ -27,6 +27,10 @@ from tests.specs import batched_nms, inputs, masked_conv2d, multiscale_roi_align
 from tests.specs.spec import OpSpec, Sample
 
 SPECS = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, masked_conv2d)]
+from tests.specs import batched_nms, depthwise_conv2d, inputs, multiscale_roi_align, nms, roi_align, roi_pool
+from tests.specs.spec import OpSpec, Sample
+
+SPECS = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, depthwise_conv2d)]
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
 POOLING = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool)]
 BOX_OPS = [nms.SPEC, batched_nms.SPEC]

@@ -9,6 +9,7 @@ from pyzoo.ops.gram_matrix import (
     gram_matrix_reference,
 )
 from pyzoo.ops.masked_conv2d import MaskedConv2d, masked_conv2d, masked_conv2d_reference
+from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d, depthwise_conv2d_reference
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from pyzoo.ops.roi_align import (
     MultiScaleRoIAlign,
@@ -29,6 +30,7 @@ __all__ = [
     "GramLoss",
     "GramMatrix",
     "MaskedConv2d",
+    "DepthwiseConv2d",
     "MultiScaleRoIAlign",
     "RoIAlign",
     "RoIPool",
@@ -41,6 +43,8 @@ __all__ = [
     "gram_matrix_reference",
     "masked_conv2d",
     "masked_conv2d_reference",
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
     "multiscale_roi_align",
     "multiscale_roi_align_reference",
     "nms",
