@@ -19,6 +19,7 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "roi_pool": ("roi_pool_fwd", "roi_pool_bwd"),
     "nms": ("nms",),
     "batched_nms": ("nms",),
+    "pixelcnn_sample": ("pixelcnn_sample",),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

@@ -43,7 +43,7 @@ void check_dense(const Tensor& t, const std::string& name, DType dtype, const st
   for (int i = t.ndim - 1; i >= 0; --i) {
     check(t.shape[i] == shape[size_t(i)], name + ": axis " + std::to_string(i) + " must have " + std::to_string(shape[size_t(i)]) +
                                               " elements, got shape " + t.shape_string());
-    check(t.shape[i] == 1 || t.stride[i] == contiguous, name + " must be contiguous");
+    check(t.shape[i] == 1 || t.numel() == 0 || t.stride[i] == contiguous, name + " must be contiguous");
     contiguous *= t.shape[i];
   }
 }

@@ -1,6 +1,13 @@
 """The operators, with torchvision's signatures where it has them; each is also ``torch.ops.pyzoo.<name>``."""
 
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
+from pyzoo.ops.pixelcnn_sampler import (
+    PixelCNNLayer,
+    PixelCNNNetwork,
+    pixelcnn_logits_reference,
+    pixelcnn_sample,
+    pixelcnn_sample_reference,
+)
 from pyzoo.ops.roi_align import (
     MultiScaleRoIAlign,
     RoIAlign,
@@ -13,6 +20,8 @@ from pyzoo.ops.roi_pool import RoIPool, roi_pool, roi_pool_reference
 
 __all__ = [
     "MultiScaleRoIAlign",
+    "PixelCNNLayer",
+    "PixelCNNNetwork",
     "RoIAlign",
     "RoIPool",
     "batched_nms",
@@ -21,6 +30,9 @@ __all__ = [
     "multiscale_roi_align_reference",
     "nms",
     "nms_reference",
+    "pixelcnn_logits_reference",
+    "pixelcnn_sample",
+    "pixelcnn_sample_reference",
     "roi_align",
     "roi_align_reference",
     "roi_pool",

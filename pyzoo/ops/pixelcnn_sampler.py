@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class PixelCNNNetwork:
     def levels(self) -> int:
         return self.head[-1][0].shape[0] // self.channels
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What is computed in: float64 if a weight is, else float32."""
         dtypes = [tensor.dtype for _, tensor in self._named_tensors() if tensor is not None]
@@ -138,9 +138,8 @@ class PixelCNNNetwork:
         width, kernel = layer.output_weight.shape[0], layer.vertical_weight.shape[3]
         _check_colours(f"{name}.output_weight: the number of outputs", width, self.channels)
         if kernel % 2 == 0:
-            raise ValueError(
-                f"PixelCNNNetwork: {name}.vertical_weight must have an odd kernel, got {list(layer.vertical_weight.shape)}"
-            )
+            shape = list(layer.vertical_weight.shape)
+            raise ValueError(f"PixelCNNNetwork: {name}.vertical_weight must have an odd kernel, got {shape}")
         _check_shape(f"{name}.vertical_weight", layer.vertical_weight, (2 * width, inputs, kernel // 2 + 1, kernel))
         _check_shape(f"{name}.horizontal_weight", layer.horizontal_weight, (2 * width, inputs, 1, kernel // 2 + 1))
         _check_shape(f"{name}.link_weight", layer.link_weight, (2 * width, 2 * width, 1, 1))
@@ -202,6 +201,8 @@ def _masked(network: PixelCNNNetwork) -> PixelCNNNetwork:
 
 def _logits(network: PixelCNNNetwork, x: Tensor, condition: list) -> Tensor:
     """:func:`pixelcnn_logits_reference` of a network that is masked already."""
+    if x.numel() == 0:  # no convolution takes images of no rows or columns
+        return x.new_zeros((*x.shape[:2], network.levels, *x.shape[2:]), dtype=network.dtype)
     height = x.shape[2]
     v = h = 2 * x.to(network.dtype) / (network.levels - 1) - 1
     for i, (layer, (on_vertical, on_horizontal)) in enumerate(zip(network.layers, condition, strict=True)):
@@ -365,7 +366,9 @@ def _flat(network: PixelCNNNetwork) -> list[Tensor]:
 
     def pairs():
         for layer in network.layers:
-            yield from ((getattr(layer, w), getattr(layer, b)) for w, b in zip(_TENSORS[::2], _TENSORS[1::2], strict=True))
+            yield from (
+                (getattr(layer, w), getattr(layer, b)) for w, b in zip(_TENSORS[::2], _TENSORS[1::2], strict=True)
+            )
         yield from network.head
 
     return [t.detach() for w, b in pairs() for t in (w, w.new_zeros(w.shape[0]) if b is None else b)]
@@ -419,9 +422,7 @@ def _cpu(weights, residual, condition, uniforms, start, temperature, return_logi
         for layer, on_vertical, on_horizontal in zip(network.layers, condition[::2], condition[1::2], strict=True)
     ]
     head = [(convert(weight), convert(bias)) for weight, bias in network.head]
-    C.pixelcnn_sample_cpu(
-        layers, head, uniforms.contiguous(), samples, logits if return_logits else None, temperature
-    )
+    C.pixelcnn_sample_cpu(layers, head, uniforms.contiguous(), samples, logits if return_logits else None, temperature)
     return samples, logits
 
 
