@@ -346,8 +346,10 @@ def _arguments(op, network, size, condition, uniforms, generator, temperature, i
         known = known.expand(shape)
     except RuntimeError:
         raise ValueError(f"{op}: known must expand to shape {list(shape)}, got {list(known.shape)}") from None
-    if image.device.type != "meta" and (bad := image[known & ((image < 0) | (image >= network.levels))]).numel():
-        raise ValueError(f"{op}: image must be in [0, {network.levels}) where known, got {bad[0].item()}")
+    if not torch.compiler.is_compiling() and image.device.type != "meta":  # else the core finds out
+        bad = image[known & ((image < 0) | (image >= network.levels))]
+        if bad.numel():
+            raise ValueError(f"{op}: image must be in [0, {network.levels}) where known, got {bad[0].item()}")
     return addends, uniforms.double(), torch.where(known, image.long(), _UNKNOWN)
 
 
@@ -386,19 +388,20 @@ def _by_colour(x: Tensor, colours: int) -> Tensor:
     return x.unflatten(0, (2, colours, -1)).transpose(0, 1).flatten(0, 2)
 
 
+def _new_logits(network: PixelCNNNetwork, start: Tensor, return_logits: bool) -> Tensor:
+    shape = (start.shape[0], network.channels, network.levels, *start.shape[2:]) if return_logits else (0,)
+    return start.new_empty(shape, dtype=network.dtype)
+
+
 def _fake(weights, residual, condition, uniforms, start, temperature, return_logits):
-    network = _network(weights, residual)
-    shape = (start.shape[0], network.channels, network.levels, *start.shape[2:])
-    return (
-        torch.empty_like(start, memory_format=torch.contiguous_format),
-        start.new_empty(shape if return_logits else (0,), dtype=network.dtype),
-    )
+    samples = torch.empty_like(start, memory_format=torch.contiguous_format)
+    return samples, _new_logits(_network(weights, residual), start, return_logits)
 
 
 def _cpu(weights, residual, condition, uniforms, start, temperature, return_logits):
     network = _network(weights, residual)
-    _, logits = _fake(weights, residual, condition, uniforms, start, temperature, return_logits)
     samples = start.clone(memory_format=torch.contiguous_format)
+    logits = _new_logits(network, start, return_logits)
     images, _, height, width = start.shape
 
     def convert(tensor, by_colour=False):
