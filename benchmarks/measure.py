@@ -226,9 +226,9 @@ def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call
     result.pyzoo_samples = samples[0]
     result.pyzoo_seconds = statistics.median(samples[0])
     if peer:
-        result.peer_samples = samples[1]
-        result.peer_seconds = statistics.median(samples[1])
-        result.ratio = paired_ratio(*samples)
+        result.peer_samples = [seconds / case.peer_share for seconds in samples[1]]
+        result.peer_seconds = statistics.median(result.peer_samples)
+        result.ratio = paired_ratio(result.pyzoo_samples, result.peer_samples)
     if floor := ceilings.floor_seconds(case):
         result.floor_seconds = floor
         result.ceiling_fraction = floor / result.pyzoo_seconds

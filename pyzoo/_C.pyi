@@ -21,6 +21,9 @@ class BuildInfo(TypedDict):
 # First level, canonical scale, canonical level, epsilon.
 LevelMap = tuple[int, float, float, float]
 
+# The four weights and biases of a PixelCNNLayer, its conditions, whether it has a residual.
+PixelCNNLayer = tuple[Array, Array, Array, Array, Array, Array, Array, Array, Array | None, Array | None, bool]
+
 def build_info() -> BuildInfo: ...
 def set_isa(name: str) -> None: ...
 def depthwise_conv2d_fwd_cpu(
@@ -52,6 +55,14 @@ def depthwise_conv2d_bwd_weight_cpu(
 def nms_cpu(
     boxes: Array, scores: Array, idxs: Array | None, iou_threshold: float, keep: Array, shift_classes: bool
 ) -> int | list[int]: ...
+def pixelcnn_sample_cpu(
+    layers: Sequence[PixelCNNLayer],
+    head: Sequence[tuple[Array, Array]],
+    uniforms: Array,
+    samples: Array,
+    logits: Array | None,
+    temperature: float,
+) -> None: ...
 def roi_align_fwd_cpu(
     inputs: Sequence[Array],
     rois: Array,

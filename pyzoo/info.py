@@ -29,6 +29,7 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
         "masked_conv2d_bwd_bias",
     ),
     "depthwise_conv2d": ("depthwise_conv2d_fwd", "depthwise_conv2d_bwd_input", "depthwise_conv2d_bwd_weight"),
+    "pixelcnn_sample": ("pixelcnn_sample",),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

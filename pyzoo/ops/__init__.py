@@ -11,6 +11,13 @@ from pyzoo.ops.gram_matrix import (
 from pyzoo.ops.masked_conv2d import MaskedConv2d, masked_conv2d, masked_conv2d_reference
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d, depthwise_conv2d_reference
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
+from pyzoo.ops.pixelcnn_sampler import (
+    PixelCNNLayer,
+    PixelCNNNetwork,
+    pixelcnn_logits_reference,
+    pixelcnn_sample,
+    pixelcnn_sample_reference,
+)
 from pyzoo.ops.roi_align import (
     MultiScaleRoIAlign,
     RoIAlign,
@@ -32,6 +39,8 @@ __all__ = [
     "MaskedConv2d",
     "DepthwiseConv2d",
     "MultiScaleRoIAlign",
+    "PixelCNNLayer",
+    "PixelCNNNetwork",
     "RoIAlign",
     "RoIPool",
     "SpatialPyramidPool2d",
@@ -49,6 +58,9 @@ __all__ = [
     "multiscale_roi_align_reference",
     "nms",
     "nms_reference",
+    "pixelcnn_logits_reference",
+    "pixelcnn_sample",
+    "pixelcnn_sample_reference",
     "roi_align",
     "roi_align_reference",
     "roi_pool",

@@ -37,7 +37,8 @@ class BenchCase:
 
     ``size`` is the x value of the time-against-size plot within ``group`` (for nms the number of boxes, for RoI ops the
     number of boxes times channels); ``floor_bytes`` and ``floor_flops`` are the least the op must move and compute,
-    from which the fraction of this machine's ceiling follows.
+    from which the fraction of this machine's ceiling follows. ``peer_share`` is the part of the work that a call of the
+    peer does, where all of it would take minutes: its times are divided by it.
     """
 
     id: str
@@ -48,6 +49,7 @@ class BenchCase:
     floor_bytes: float = 0.0
     floor_flops: float = 0.0
     quick: bool = False
+    peer_share: float = 1.0
 
 
 @dataclass(frozen=True)
