@@ -11,6 +11,7 @@ namespace pyzoo {
 void register_roi_align(pybind11::module_& m);
 void register_roi_pool(pybind11::module_& m);
 void register_nms(pybind11::module_& m);
+void register_reversible(pybind11::module_& m);
 }  // namespace pyzoo
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
@@ -21,6 +22,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_roi_align(m);
   pyzoo::register_roi_pool(m);
   pyzoo::register_nms(m);
+  pyzoo::register_reversible(m);
 
   m.def("set_isa", &pyzoo::set_isa, "name"_a, "Force an instruction set by name; '' returns to the best. For tests.");
   m.def(
