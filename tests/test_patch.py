@@ -218,7 +218,7 @@ def test_compiled_code_takes_the_patched_kernels():
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.fixture(scope="module", params=["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
+@pytest.fixture(params=["fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"])
 def model(request):
     torch.manual_seed(0)
     return getattr(detection, request.param)(
@@ -256,10 +256,11 @@ def test_model_detects_the_same(model):
 
 
 def test_model_trains_the_same(model):
-    model.train()
-    boxes = torch.tensor([[10.0, 10.0, 60.0, 70.0], [30.0, 20.0, 90.0, 80.0]])
-    targets = []
-    for image in images():
+    """In float64: a deep network magnifies the last bits of float32 too much for a tight tolerance."""
+    model.double().train()
+    boxes = torch.tensor([[10.0, 10.0, 60.0, 70.0], [30.0, 20.0, 90.0, 80.0]], dtype=torch.float64)
+    photographs, targets = [image.double() for image in images()], []
+    for image in photographs:
         masks = torch.zeros(2, *image.shape[1:], dtype=torch.uint8)
         masks[:, 20:60, 30:60] = 1
         targets.append({"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks})
@@ -267,7 +268,7 @@ def test_model_trains_the_same(model):
     def step():
         torch.manual_seed(2)  # of the sampling of anchors and proposals
         model.zero_grad()
-        losses = model(images(), [dict(t) for t in targets])
+        losses = model(photographs, [dict(t) for t in targets])
         sum(losses.values()).backward()
         return losses, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -277,7 +278,7 @@ def test_model_trains_the_same(model):
     assert actual_grads.keys() == expected_grads.keys()
     for key, loss in expected.items():
         assert loss > 0
-        torch.testing.assert_close(actual[key], loss, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual[key], loss, rtol=1e-9, atol=1e-12)
     for key, grad in expected_grads.items():
         error = (actual_grads[key] - grad).norm() / grad.norm().clamp(min=1e-12)
-        assert error < 1e-3, key
+        assert error < 1e-8, key

@@ -262,11 +262,11 @@ def test_plain_tensors_take_the_direct_way(monkeypatch):
 
     assert pyzoo.ops is ops
     x, boxes = torch.rand(1, 2, 8, 8), torch.rand(3, 5)
-    assert _common._is_plain(x, boxes)
-    assert not _common._is_plain(x, boxes.to("meta"))
-    assert not _common._is_plain(x.to_sparse(), boxes)
-    assert not _common._is_plain(torch._neg_view(x), boxes)
+    assert _common._is_plain((x, boxes))
+    assert not _common._is_plain((x, boxes.to("meta")))
+    assert not _common._is_plain((x.to_sparse(), boxes))
+    assert not _common._is_plain((torch._neg_view(x), boxes))
     with torch._subclasses.FakeTensorMode():
-        assert not _common._is_plain(x, boxes)
+        assert not _common._is_plain((x, boxes))
     for transform in (torch.vmap, torch.func.functionalize, lambda f: torch.func.grad(lambda x: f(x).sum())):
-        transform(lambda x: x * (_common._is_plain(x, boxes) and pytest.fail(f"plain under {transform}")))(x)  # noqa: B023
+        transform(lambda x: x * (_common._is_plain((x, boxes)) and pytest.fail(f"plain under {transform}")))(x)  # noqa: B023

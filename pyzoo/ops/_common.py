@@ -1,20 +1,18 @@
 """What the ops share: registration with torch, argument checks, boxes, memory formats and the folding for vmap.
 
 Each op is ``torch.ops.pyzoo.<name>``. Its CPU kernel is Python that allocates the outputs and calls the compiled core.
-Autograd, forward-mode AD, ``torch.func`` and ``vmap`` are rules of the operator itself, so the bare operator has them
-too.
-
-Autocast changes nothing: the kernels take features and boxes of different dtypes and accumulate in float32 or better,
-so features stay in the dtype they come in, which is the dtype of the output, and boxes never lose precision.
+Autograd, forward-mode AD, ``torch.func``, ``vmap`` and autocast are rules of the operator itself, so the bare operator
+has them too.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -37,26 +35,22 @@ def _key_set(*names: str) -> int:
 
 _PLAIN_TENSOR = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 _PLAIN_STATE = _key_set("BackendSelect", "ADInplaceOrView")
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 _NOT_PLAIN = ~(_PLAIN_TENSOR | _PLAIN_STATE)
 
 
-def _is_plain(first: Tensor, boxes: Tensor) -> bool:
-    """Nothing but autograd stands between the caller and the CPU kernel.
+def _is_plain(tensors: Sequence) -> bool:
+    """Nothing but autograd and autocast stands between the caller of an operator on ``tensors`` and its CPU kernel.
 
     The keys of a tensor tell a plain one from a sparse, negated, batched, functional or wrapped one and from one of
     another device; those of the thread tell of modes, transforms and tracing.
     """
-    return (
-        type(first) is Tensor
-        and _included_keys().raw_repr() == _PLAIN_STATE
-        and _dispatch_keys(first).raw_repr() == _PLAIN_TENSOR
-        and _dispatch_keys(boxes).raw_repr() == _PLAIN_TENSOR
-    )
-
-
-def _wants_derivative(first: Tensor | list[Tensor]) -> bool:
-    requires_grad = any(t.requires_grad for t in first) if type(first) is list else first.requires_grad
-    return (requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+    if _included_keys().raw_repr() != _PLAIN_STATE:
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or _dispatch_keys(t).raw_repr() != _PLAIN_TENSOR):
+            return False
+    return True
 
 
 class Function(_SingleLevelFunction):
@@ -71,65 +65,123 @@ class Function(_SingleLevelFunction):
 class Operator:
     """``torch.ops.pyzoo.<name>``: schema, CPU kernel, fake implementation, vmap rule and, if it has one, derivative.
 
-    ``self.op`` is the operator. Calling the object does the same, but for an operator with a derivative goes straight
-    to the kernel where nobody could tell: the trip through the dispatcher is a quarter of a call on tiny input.
+    The schema names its tensors (``Tensor``, ``Tensor?``, or one ``Tensor[]``) first. Those called ``constant`` have no
+    derivative. With ``autocast`` all are cast as those of ``F.conv2d`` are; without, autocast changes nothing: the
+    kernel takes the dtypes as they come and accumulates in float32 or better.
+
+    ``self.op`` is the operator. Calling the object does the same, but goes straight to the kernel where nobody could
+    tell: the trip through the dispatcher is a quarter of a call on tiny input.
     """
 
-    def __init__(self, schema: str, *, cpu: Callable, fake: Callable, vmap: Callable):
-        self.name = schema.partition("(")[0]
-        self.cpu = cpu
+    def __init__(
+        self,
+        schema: str,
+        *,
+        cpu: Callable,
+        fake: Callable,
+        vmap: Callable,
+        constant: Sequence[str] = (),
+        autocast: bool = False,
+    ):
+        self.name, _, arguments = schema.partition("(")
+        tensors = re.findall(r"Tensor\S* (\w+)", arguments.partition(" -> ")[0])
+        self.count = len(tensors)
+        self.constant = [tensors.index(name) for name in constant]
+        self.differentiable = [i for i in range(self.count) if i not in self.constant]
+        self.autocast = autocast
+        self.cpu = self.apply = cpu
         lib.define(schema)
         lib.impl(self.name, cpu, "CPU")
         torch.library.register_fake(f"pyzoo::{self.name}", fake, lib=lib)
         torch.library.register_vmap(f"pyzoo::{self.name}", vmap, lib=lib)
         self.op = getattr(torch.ops.pyzoo, self.name).default
+        if autocast:
+            for device in ("CPU", "CUDA"):
+                lib.impl(self.name, self._autocast_kernel(device), f"Autocast{device}")
+        operators[self.name] = self
 
-    def __call__(self, first, boxes, *rest):
+    def __call__(self, *args):
         if (
             torch.compiler.is_compiling()
             or torch.autograd._profiler_enabled()
             or torch._C._len_torch_function_stack()
-            or not _is_plain(first, boxes)
-            or boxes.requires_grad
+            or not _is_plain(args[: self.count])
+            or (self.autocast and torch.is_autocast_enabled("cpu"))
+            or self._must_detach(args)
         ):
-            return self.op(first, boxes, *rest)
-        return (self.apply if _wants_derivative(first) else self.cpu)(first, boxes, *rest)
+            return self.op(*args)
+        return (self.apply if self._wants_derivative(args) else self.cpu)(*args)
+
+    def _must_detach(self, args) -> bool:
+        """A constant requires grad, which the core refuses: it would lose the gradient."""
+        return torch.is_grad_enabled() and any(args[i].requires_grad for i in self.constant)
+
+    def _wants_derivative(self, args) -> bool:
+        if forward_ad._current_level >= 0:
+            return True
+        if not torch.is_grad_enabled():
+            return False
+        for i in self.differentiable:
+            t = args[i]
+            if t is not None and (any(x.requires_grad for x in t) if type(t) is list else t.requires_grad):
+                return True
+        return False
 
     def differentiate(self, function: type[Function]) -> None:
-        """Registers the derivative in the first argument, a tensor or a list of tensors. The second, boxes, has none.
+        """Registers the derivative.
 
         ``function.apply`` takes the arguments of the operator; a list comes last and spread out, as autograd needs it.
         """
         apply, below, cpu = function.apply, self.below_autograd, self.cpu
         self.apply = apply
 
-        def kernel(keys, first, boxes, *rest):
+        def kernel(keys, *args):
+            spread = [*args[1:], *args[0]] if type(args[0]) is list else args
             if _functorch_active():
                 with enable_single_level_autograd_function():
-                    return apply(boxes, *rest, *first) if type(first) is list else apply(first, boxes, *rest)
-            if _wants_derivative(first):
-                return apply(boxes, *rest, *first) if type(first) is list else apply(first, boxes, *rest)
-            if not keys.raw_repr() & _NOT_PLAIN and not boxes.requires_grad:
-                return cpu(first, boxes, *rest)
-            return below(first, boxes, *rest)
+                    return apply(*spread)
+            if self._wants_derivative(args):
+                return apply(*spread)
+            if not keys.raw_repr() & _NOT_PLAIN and not self._must_detach(args):
+                return cpu(*args)
+            return below(*args)
 
         lib.impl(self.name, kernel, "Autograd", with_keyset=True)
 
-    def below_autograd(self, first, boxes, *rest):
+    def below_autograd(self, *args):
         """The value alone, for the forward of ``Function``."""
-        if boxes.requires_grad:
-            boxes = boxes.detach()
-        if _is_plain(first, boxes):
-            return self.cpu(first, boxes, *rest)
-        for t in (*first, boxes) if type(first) is list else (first, boxes):
-            if t.layout != torch.strided:
+        if self._must_detach(args):
+            args = [x.detach() if i in self.constant else x for i, x in enumerate(args)]
+        tensors = args[: self.count]
+        if _is_plain(tensors):
+            return self.cpu(*args)
+        for t in (*tensors[0], *tensors[1:]) if type(tensors[0]) is list else tensors:
+            if t is not None and t.layout != torch.strided:
                 raise TypeError(f"{self.name}: tensors must be dense (torch.strided), got layout {t.layout}")
         with torch._C._AutoDispatchBelowAutograd():
             if not _functorch_active():
-                return self.op(first, boxes, *rest)
+                return self.op(*args)
             # The forward of a Function runs without gradients, but the levels of torch.func below this one want theirs.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                return self.op(first, boxes, *rest)
+                return self.op(*args)
+
+    def _autocast_kernel(self, device: str) -> Callable:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+        def kernel(*args):
+            dtype = torch.get_autocast_dtype(device.lower())
+            tensors = [x.to(dtype) if _is_castable(x) else x for x in args[: self.count]]
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return self.op(*tensors, *args[self.count :])
+
+        return kernel
+
+
+operators: dict[str, Operator] = {}
+
+
+def _is_castable(x: Tensor | None) -> bool:
+    return x is not None and x.is_floating_point() and x.dtype != torch.float64
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

@@ -152,6 +152,7 @@ _roi_align = Operator(  # torchvision's schema
     cpu=_cpu,
     fake=_fake,
     vmap=_vmap,
+    constant=["boxes"],
 )
 
 
@@ -185,6 +186,7 @@ _roi_align_backward = Operator(  # torchvision's schema and the memory format
     cpu=_backward_cpu,
     fake=_backward_fake,
     vmap=_backward_vmap,
+    constant=["boxes"],
 )
 
 
@@ -343,6 +345,7 @@ _multiscale_roi_align = Operator(
     cpu=_multiscale_cpu,
     fake=_multiscale_fake,
     vmap=_multiscale_vmap,
+    constant=["boxes"],
 )
 
 
@@ -377,6 +380,7 @@ _multiscale_roi_align_backward = Operator(
     cpu=_multiscale_backward_cpu,
     fake=_multiscale_backward_fake,
     vmap=_multiscale_backward_vmap,
+    constant=["boxes"],
 )
 
 

@@ -105,6 +105,7 @@ _roi_pool = Operator(
     cpu=_cpu,
     fake=_fake,
     vmap=_vmap,
+    constant=["boxes"],
 )
 
 
@@ -165,6 +166,7 @@ _roi_pool_backward = Operator(
     cpu=_backward_cpu,
     fake=_backward_fake,
     vmap=_backward_vmap,
+    constant=["boxes", "input"],
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import pyzoo.ops
@@ -108,4 +110,12 @@ SPEC = OpSpec(
     peer=peer,
     peer_name="torchvision",
     exact=True,
+    layouts=("rows", "strided"),
+    tensors=3,
+    typical="100_boxes_7_classes",
+    static={"max_output": 9},
+    export=single.export,
+    huge=functools.partial(
+        single.huge, lambda boxes: pyzoo.ops.batched_nms(boxes, single.random_scores(9), classes(9, 2), 0.5)
+    ),
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 IMAGE_HEIGHT, IMAGE_WIDTH = 800, 1088
 NAN, INF = math.nan, math.inf
@@ -109,6 +110,33 @@ def pooling_inputs(dtype: torch.dtype, memory_format: torch.memory_format) -> It
     holes = maps(2, 5, 13, 17)
     holes[:, :, 4:7, 3:9] = NAN
     yield "nan_features", holes, boxes, (3, 4), 0.5, True
+
+
+def small_pooling(call, dtype: torch.dtype, memory_format: torch.memory_format) -> tuple:
+    """``OpSpec.small`` of ``call(features, boxes)``. No two features are equal."""
+    values = torch.randperm(2 * 2 * 5 * 4, generator=generator()).reshape(2, 2, 5, 4) / 10 - 4
+    boxes = torch.tensor([[0, 0.2, 0.3, 3.1, 4.2], [1, 1, 0, 2.5, 2], [0, -1, 2, 6, 3.0]]).to(boxes_dtype(dtype))
+    return lambda x: call(x, boxes), (values.to(dtype).contiguous(memory_format=memory_format),)
+
+
+def export_pooling(tensors: list) -> tuple:
+    """``OpSpec.export``: height and width of the maps, and the number of boxes."""
+    maps, boxes = tensors
+    dim = torch.export.Dim.DYNAMIC
+    smaller = tree_map(lambda x: torch.empty_like(x[:, :, 1:, 1:]).copy_(x[:, :, 1:, :-1]), maps)
+    return (tree_map(lambda x: {2: dim, 3: dim}, maps), {0: dim}), [smaller, boxes[:5]]
+
+
+def huge_pooling(call, sparse, memory_format: torch.memory_format) -> tuple:
+    """``OpSpec.huge`` of ``call(features, boxes)``: a corner of the last of three maps of 16 x 7168 x 7168."""
+    shape, far = (3, 16, 7168, 7168), (slice(2, 3), slice(None), slice(7100, None), slice(7100, None))
+    map = sparse(math.prod(shape))
+    if memory_format == torch.channels_last:
+        map = map.view(3, 7168, 7168, 16).permute(0, 3, 1, 2)
+    map = map.view(shape)
+    map[far] = features(1, 16, 68, 68, dtype=map.dtype)
+    boxes = torch.tensor([[2, 7110, 7105, 7160, 7150], [2, 7140, 7130, 7168, 7168.0]]).to(boxes_dtype(map.dtype))
+    return call(map, boxes), call(map[far], boxes - torch.tensor([2, 7100, 7100, 7100, 7100]).to(boxes))
 
 
 POOLING_ERRORS = (  # id, (replacements of the arguments of a good call), error, match

@@ -146,4 +146,16 @@ SPEC = OpSpec(
     peer_name="torchvision",
     differentiable=(0,),
     tolerances=single.SPEC.tolerances,
+    tensors=2,
+    typical="rois",
+    small=functools.partial(
+        inputs.small_pooling,
+        lambda x, boxes: pyzoo.ops.multiscale_roi_align(
+            [x, 2 * x[:, :, 1:4, 1:3]], boxes, 2, [1.0, 0.5], 2, canonical_scale=32
+        ),
+    ),
+    export=inputs.export_pooling,
+    huge=functools.partial(
+        inputs.huge_pooling, lambda x, boxes: pyzoo.ops.multiscale_roi_align([x, x], boxes, 3, [1.0, 1.0], 2)
+    ),
 )

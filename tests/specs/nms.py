@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -139,6 +140,20 @@ def bench():
                 )
 
 
+def export(tensors):
+    """The number of boxes."""
+    return tuple({0: torch.export.Dim.DYNAMIC} for _ in tensors), [x[:40] for x in tensors]
+
+
+def huge(call, sparse, memory_format):
+    """Boxes far apart in memory."""
+    near = clustered(9)
+    stride = 2**31 // 7
+    boxes = sparse(9 * stride).as_strided((9, 4), (stride, 1))
+    boxes.copy_(near)
+    return call(boxes), call(near.to(boxes.dtype))
+
+
 SPEC = OpSpec(
     name="nms",
     op=pyzoo.ops.nms,
@@ -149,4 +164,10 @@ SPEC = OpSpec(
     peer=peer,
     peer_name="torchvision",
     exact=True,
+    layouts=("rows", "strided"),
+    tensors=2,
+    typical="clustered_100",
+    static={"max_output": 9},
+    export=export,
+    huge=functools.partial(huge, lambda boxes: pyzoo.ops.nms(boxes, random_scores(9), 0.5)),
 )

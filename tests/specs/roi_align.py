@@ -122,4 +122,11 @@ SPEC = OpSpec(
         torch.float16: (1e-3, 1e-5),
         torch.bfloat16: (8e-3, 1e-5),
     },
+    tensors=2,
+    small=functools.partial(
+        inputs.small_pooling,
+        lambda x, boxes: pyzoo.ops.roi_align(x, boxes, 2, 0.9, 2),
+    ),
+    export=inputs.export_pooling,
+    huge=functools.partial(inputs.huge_pooling, lambda x, boxes: pyzoo.ops.roi_align(x, boxes, 3)),
 )

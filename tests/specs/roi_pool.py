@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 import pyzoo.ops
@@ -102,4 +104,11 @@ SPEC = OpSpec(
         torch.float16: (1e-3, 1e-5),
         torch.bfloat16: (8e-3, 1e-5),
     },
+    tensors=2,
+    small=functools.partial(
+        inputs.small_pooling,
+        lambda x, boxes: pyzoo.ops.roi_pool(x, boxes, 2, 0.9),
+    ),
+    export=inputs.export_pooling,
+    huge=functools.partial(inputs.huge_pooling, lambda x, boxes: pyzoo.ops.roi_pool(x, boxes, 3)),
 )

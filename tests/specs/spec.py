@@ -61,6 +61,20 @@ class OpSpec:
     peer: Callable | None = None  # the function a user would call instead, same arguments; looked up lazily
     peer_name: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    layouts: tuple[str, str] = ("NCHW", "NHWC")  # what samples make of torch.contiguous_format, torch.channels_last
     differentiable: tuple[int, ...] = ()
     exact: bool = False  # outputs are indices: compare for equality, not within tolerance
     tolerances: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)  # dtype -> (rtol, atol)
+    autocast: bool = False  # casts its tensors to the dtype of autocast; else autocast changes nothing
+
+    # What the tests of transforms and compilers need.
+    tensors: int = 1  # the first so many arguments are what vmap maps over and a program is exported for
+    typical: str = ""  # id of the sample that stands for all, its ``tensors`` all tensors; default: the first
+    static: dict = field(default_factory=dict)  # keywords that make the shape of the output independent of the data
+    # A function of tensors and few enough of their numbers for whole Jacobians, away from where it is not smooth.
+    small: Callable[[torch.dtype, torch.memory_format], tuple[Callable, tuple[torch.Tensor, ...]]] | None = None
+    # From the typical tensors, the dimensions that export leaves open, and tensors of other sizes there.
+    export: Callable[[list[torch.Tensor]], tuple[tuple, list[torch.Tensor]]] | None = None
+    # Given a maker of huge flat tensors, which cost nothing where untouched: the output with offsets beyond 2^31, and
+    # the same from a small input.
+    huge: Callable[[Callable[[int], torch.Tensor], torch.memory_format], tuple] | None = None
