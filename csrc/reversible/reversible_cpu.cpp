@@ -27,10 +27,13 @@ struct Coupling {
 
   Coupling(const Tensor& b, const Tensor& u, const Tensor& o, bool minus)
       : base{b.data}, update{u.data}, out{o.data}, half(b.dtype), update_type(u.dtype), minus(minus), numel(o.numel()) {
-    int order[kMaxDims], n = 0;
-    for (int d = 0; d < o.ndim; ++d)
-      if (o.shape[d] != 1) order[n++] = d;
-    std::sort(order, order + n, [&](int i, int j) { return o.stride[i] > o.stride[j]; });
+    int order[kMaxDims], n = 0;  // dimensions by falling stride of out
+    for (int d = 0; d < o.ndim; ++d) {
+      if (o.shape[d] == 1) continue;
+      int i = n++;
+      for (; i > 0 && o.stride[order[i - 1]] < o.stride[d]; --i) order[i] = order[i - 1];
+      order[i] = d;
+    }
     const Tensor* tensors[] = {&b, &u, &o};
     Operand* operands[] = {&base, &update, &out};
     for (int i = 0; i < n; ++i) {  // from the outermost: each dimension is merged into the one before it or follows it
