@@ -22,20 +22,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from pyzoo.ops import _common as common
 from pyzoo.ops.reversible import couple, reversible_reference, uncouple, uncouple_with_grad
 
 # In training mode these normalize with the statistics of the batch; without tracking they do just that and no more.
-_TRACKING_FORWARDS = {_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward}
+_TRACKING_FORWARDS = {_BatchNorm.forward, SyncBatchNorm.forward}
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-8}  # of verify=True: relative, for a half as it comes back
 _graph_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _run(function: nn.Module, name: str, x: Tensor) -> Tensor:
     """``function(x)``, which has to leave ``x`` alone and to keep its shape."""
-    version = None if x.is_inference() else x._version
+    version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     out = function(x)
     if not isinstance(out, Tensor):
         raise TypeError(f"{name} must return a tensor, got {type(out).__name__}")
@@ -58,8 +57,9 @@ class _Part:
         self.name, self.module = name, module
         self.modes: list[tuple[nn.Module, bool]] = []
         self.parameters: list[tuple[dict, str, Tensor]] = []  # where each one is
-        self.buffers: list[tuple[dict, str, Tensor]] = []  # that the module may change
+        self.buffers: list[tuple[dict, str, Tensor]] = []  # that the module changes, as they were before
         self.constants: list[tuple[dict, str, Tensor]] = []  # buffers that it only reads
+        self.owners: list[dict] = []  # of the one or the other kind
         self.norms: list[nn.Module] = []
         self.rng: list[Tensor] | None = None
         self.dtype: torch.dtype | None = None
@@ -70,34 +70,30 @@ class _Part:
             if m is None or m in seen:
                 continue
             seen.add(m)
-            self.modes.append((m, m.training))
+            if "training" in vars(m):  # a compiled module passes it on
+                self.modes.append((m, m.training))
             self.parameters += [(m._parameters, key, p) for key, p in m._parameters.items() if p is not None]
             if m._buffers:
-                buffers = [(m._buffers, key, b) for key, b in m._buffers.items() if b is not None]
-                if type(m).forward not in _TRACKING_FORWARDS:
-                    self.buffers += buffers
-                elif m.training and m.track_running_stats:
+                if type(m).forward in _TRACKING_FORWARDS and m.training and m.track_running_stats:
                     self.norms.append(m)
                 else:
-                    self.constants += buffers
+                    self.owners.append(m._buffers)
             modules += m._modules.values()
         self.trainable = list({id(p): p for _, _, p in self.parameters if p.requires_grad}.values())
 
     def run(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The first run. Notes which random numbers and buffers it uses up."""
         rng = [generator.get_state() for generator in generators]
-        before = [(b._version, b.clone()) for _, _, b in self.buffers]
+        before = [(o, key, b, b._version, b.clone()) for o in self.owners for key, b in o.items() if b is not None]
         out = _run(self.module, self.name, x)
         self.dtype = out.dtype
         if not all(torch.equal(g.get_state(), state) for g, state in zip(generators, rng, strict=True)):
             self.rng = rng
-        changed = []
-        for (owner, key, b), (version, copy) in zip(self.buffers, before, strict=True):
+        for owner, key, b, version, copy in before:
             if owner.get(key) is b and b._version == version:
                 self.constants.append((owner, key, b))
             else:
-                changed.append((owner, key, copy))
-        self.buffers = changed
+                self.buffers.append((owner, key, copy))
         self.versions = [(key, t, t._version) for _, key, t in (*self.parameters, *self.constants)]
         return out
 
@@ -353,8 +349,9 @@ def _set_autocast(autocast: _Autocast) -> Iterator[None]:
         set(before, cache)
 
 
-def _fingerprint(half: Tensor, buckets: int = 1024) -> Tensor:
+def _fingerprint(half: Tensor) -> Tensor:
     """[2, buckets]: sums of the elements of ``half``, and how large such a sum is when signs are random."""
+    buckets = max(1, min(1024, half.numel()))
     x = half.detach().to(torch.float64).flatten()
     x = nn.functional.pad(x, (0, -x.numel() % buckets))
     x = x.view(x.numel() // buckets, buckets)
@@ -362,10 +359,10 @@ def _fingerprint(half: Tensor, buckets: int = 1024) -> Tensor:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two fingerprints; relative, and about that of single elements."""
+    """The largest difference of two fingerprints; relative, unless all of ``expected`` is zero."""
     scale = torch.maximum(expected[1], expected[1].mean())
-    worst = ((found[0] - expected[0]).abs() / scale).nan_to_num(torch.inf).max().item()
-    return 0.0 if torch.equal(found, expected) else worst
+    scale[scale == 0] = 1
+    return ((found[0] - expected[0]).abs() / scale).nan_to_num(torch.inf).max().item()
 
 
 def _stream_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -496,7 +493,7 @@ class ReversibleBlock(nn.Module):
 
 
 class ReversibleSequential(nn.Sequential):
-    """A stack of :class:`ReversibleBlock`\ s that stores one activation, its output, whatever its depth.
+    """A stack of blocks (:class:`ReversibleBlock`) that stores one activation, its output, whatever its depth.
 
     The backward pass rebuilds the input of each block from its output and costs one more forward pass: 4/3 of the time
     of a training step. Names in the state dict are those of ``nn.Sequential``: ``0.f.weight``.
