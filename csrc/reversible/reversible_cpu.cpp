@@ -49,23 +49,31 @@ struct Coupling {
   }
 };
 
-// Where a row of a coupling begins in the three tensors.
+// Walks the rows of a coupling.
 class Row {
  public:
   Row(const Coupling& c, int64_t row) : c_(c) {
-    for (int d = c.outer - 1; d >= 0; --d, row /= c.shape[d + 1]) index_[d] = row % c.shape[d];
+    for (int d = c.outer - 1; d >= 0; row /= c.shape[d], --d) {
+      index_[d] = row % c.shape[d];
+      move(d, index_[d]);
+    }
   }
   void next() {
-    for (int d = c_.outer - 1; d >= 0 && ++index_[d] == c_.shape[d]; --d) index_[d] = 0;
+    for (int d = c_.outer - 1; d >= 0; --d) {
+      move(d, 1);
+      if (++index_[d] < c_.shape[d]) return;
+      move(d, -c_.shape[d]);
+      index_[d] = 0;
+    }
   }
-  template <class T>
-  T* at(const Operand& operand, int64_t column) const {
-    int64_t offset = column * operand.step;
-    for (int d = 0; d < c_.outer; ++d) offset += index_[d] * operand.stride[d];
-    return static_cast<T*>(operand.data) + offset;
-  }
+  int64_t base = 0, update = 0, out = 0;  // where the row begins
 
  private:
+  void move(int d, int64_t steps) {
+    base += steps * c_.base.stride[d];
+    update += steps * c_.update.stride[d];
+    out += steps * c_.out.stride[d];
+  }
   const Coupling& c_;
   int64_t index_[kMaxDims] = {};
 };
@@ -110,18 +118,11 @@ void couple_range(const Coupling& c, int64_t begin, int64_t end) {
 }
 
 void run(std::initializer_list<Coupling> couplings) {
-  constexpr int64_t kTask = 32768;  // elements: 384 KB of float32 pass through, which the second-level cache holds
-  int64_t tasks = 0;
-  for (const Coupling& c : couplings) tasks += (c.numel + kTask - 1) / kTask;
-  parallel_for(tasks, double(tasks) * kTask, [&](int64_t task) {
-    for (const Coupling& c : couplings) {
-      const int64_t count = (c.numel + kTask - 1) / kTask;
-      if (task < count) {
-        const int64_t begin = task * kTask, end = std::min(c.numel, begin + kTask);
-        return c.minus ? couple_range<true>(c, begin, end) : couple_range<false>(c, begin, end);
-      }
-      task -= count;
-    }
+  constexpr int64_t kTask = 16384;  // elements
+  const int64_t numel = couplings.begin()->numel;
+  parallel_for_equal((numel + kTask - 1) / kTask, 3.0 * double(numel) * double(couplings.size()), [&](int64_t task) {
+    const int64_t begin = task * kTask, end = std::min(numel, begin + kTask);
+    for (const Coupling& c : couplings) c.minus ? couple_range<true>(c, begin, end) : couple_range<false>(c, begin, end);
   });
 }
 
@@ -133,6 +134,7 @@ void reversible_inv_cpu(const Tensor& y, const Tensor& update, const Tensor& x) 
 
 void reversible_bwd_cpu(const Tensor& y, const Tensor& update, const Tensor& x, const Tensor& grad_y, const Tensor& grad_update,
                         const Tensor& grad_x) {
+  check(y.numel() == grad_y.numel(), "grad_y must have shape " + y.shape_string() + ", got " + grad_y.shape_string());
   run({checked(y, "y", update, "update", x, "x", true), checked(grad_y, "grad_y", grad_update, "grad_update", grad_x, "grad_x", false)});
 }
 
