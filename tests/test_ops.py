@@ -12,25 +12,36 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import pyzoo
 from pyzoo.ops._common import operators
-from tests.specs import batched_nms, inputs, multiscale_roi_align, nms, roi_align, roi_pool, spatial_pyramid_pool2d
+from tests.specs import (
+    batched_nms,
+    depthwise_conv2d,
+    gram_loss,
+    gram_matrix,
+    inputs,
+    masked_conv2d,
+    multiscale_roi_align,
+    nms,
+    roi_align,
+    roi_pool,
+    spatial_pyramid_pool2d,
+)
 from tests.specs.spec import OpSpec, Sample
 
 SPECS = [
-    module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, spatial_pyramid_pool2d)
-from tests.specs import batched_nms, gram_loss, gram_matrix, inputs, multiscale_roi_align, nms, roi_align, roi_pool
-from tests.specs.spec import OpSpec, Sample
-
-SPECS = [
-    module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, gram_matrix, gram_loss)
+    module.SPEC
+    for module in (
+        roi_align,
+        multiscale_roi_align,
+        roi_pool,
+        nms,
+        batched_nms,
+        masked_conv2d,
+        gram_matrix,
+        gram_loss,
+        spatial_pyramid_pool2d,
+        depthwise_conv2d,
+    )
 ]
-from tests.specs import batched_nms, inputs, masked_conv2d, multiscale_roi_align, nms, roi_align, roi_pool
-from tests.specs.spec import OpSpec, Sample
-
-SPECS = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, masked_conv2d)]
-from tests.specs import batched_nms, depthwise_conv2d, inputs, multiscale_roi_align, nms, roi_align, roi_pool
-from tests.specs.spec import OpSpec, Sample
-
-SPECS = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, depthwise_conv2d)]
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
 POOLING = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool)]
 BOX_OPS = [nms.SPEC, batched_nms.SPEC]

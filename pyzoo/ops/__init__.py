@@ -1,5 +1,6 @@
 """The operators, with torchvision's signatures where it has them; each is also ``torch.ops.pyzoo.<name>``."""
 
+from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d, depthwise_conv2d_reference
 from pyzoo.ops.gram_matrix import (
     GramLoss,
     GramMatrix,
@@ -9,7 +10,6 @@ from pyzoo.ops.gram_matrix import (
     gram_matrix_reference,
 )
 from pyzoo.ops.masked_conv2d import MaskedConv2d, masked_conv2d, masked_conv2d_reference
-from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d, depthwise_conv2d_reference
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from pyzoo.ops.pixelcnn_sampler import (
     PixelCNNLayer,
@@ -34,10 +34,10 @@ from pyzoo.ops.spatial_pyramid_pool2d import (
 )
 
 __all__ = [
+    "DepthwiseConv2d",
     "GramLoss",
     "GramMatrix",
     "MaskedConv2d",
-    "DepthwiseConv2d",
     "MultiScaleRoIAlign",
     "PixelCNNLayer",
     "PixelCNNNetwork",
@@ -46,14 +46,14 @@ __all__ = [
     "SpatialPyramidPool2d",
     "batched_nms",
     "batched_nms_reference",
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
     "gram_loss",
     "gram_loss_reference",
     "gram_matrix",
     "gram_matrix_reference",
     "masked_conv2d",
     "masked_conv2d_reference",
-    "depthwise_conv2d",
-    "depthwise_conv2d_reference",
     "multiscale_roi_align",
     "multiscale_roi_align_reference",
     "nms",

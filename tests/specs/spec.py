@@ -33,7 +33,8 @@ class ErrorSample(Sample):
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One timed case. ``make()`` builds fresh arguments; backward cases time only the backward pass.
+    """One timed case. ``make()`` builds fresh arguments; backward cases time only the backward pass. Step cases call a
+    function that runs both passes itself; their peak memory is measured, too.
 
     ``size`` is the x value of the time-against-size plot within ``group`` (for nms the number of boxes, for RoI ops the
     number of boxes times channels); ``floor_bytes`` and ``floor_flops`` are the least the op must move and compute,
@@ -50,6 +51,7 @@ class BenchCase:
     floor_flops: float = 0.0
     quick: bool = False
     peer_share: float = 1.0
+    step: bool = False
 
 
 @dataclass(frozen=True)
