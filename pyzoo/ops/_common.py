@@ -234,16 +234,16 @@ def check_grad_output(
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def pair(op: str, output_size) -> tuple[int, int]:
+def pair(op: str, value, name: str = "output_size") -> tuple[int, int]:
     """(height, width) from an int or from a sequence of one or two."""
-    if type(output_size) is int:
-        return output_size, output_size
-    sizes = output_size if isinstance(output_size, (tuple, list, torch.Size)) else (output_size,)
+    if type(value) is int:
+        return value, value
+    sizes = value if isinstance(value, (tuple, list, torch.Size)) else (value,)
     if not 1 <= len(sizes) <= 2:
-        raise ValueError(f"{op}: output_size must be an int or two ints, got {len(sizes)} values")
+        raise ValueError(f"{op}: {name} must be an int or two ints, got {len(sizes)} values")
     for size in sizes:
         if not isinstance(size, (int, torch.SymInt)) and not hasattr(size, "__index__"):
-            raise TypeError(f"{op}: output_size must be an int or two ints, got {output_size!r}")
+            raise TypeError(f"{op}: {name} must be an int or two ints, got {value!r}")
     return sizes[0], sizes[-1]
 
 
