@@ -82,7 +82,8 @@ void check_matrices(const Tensor& t, const char* name, const FeatureMap& map) {
   check_tensor(t, name, 3);
   check_cpu(t, name);
   const int64_t c = map.channels;
-  check(t.shape[0] == map.images && t.shape[1] == c && t.shape[2] == c, std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
+  check(t.shape[0] == map.images && t.shape[1] == c && t.shape[2] == c,
+        std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
   check(t.numel() == 0 || ((c == 1 || (t.stride[2] == 1 && t.stride[1] == c)) && (map.images == 1 || t.stride[0] == c * c)),
         std::string(name) + " must be contiguous");
 }
