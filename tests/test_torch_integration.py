@@ -228,7 +228,7 @@ def test_gradient_checkpointing():
     assert torch.equal(plain, checkpointed)
 
 
-# ---------------------------------------------------------------------------------------------------------- the short cut
+# -------------------------------------------------------------------------------------------------------- the short cut
 
 
 def test_plain_tensors_take_the_direct_way():
