@@ -6,7 +6,7 @@ Submodules load when first used, so ``import pyzoo`` is fast and needs no torch.
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["compat", "info", "nn", "numpy", "ops", "patch"]
+__all__ = ["accelerate", "compat", "info", "nn", "numpy", "ops", "patch"]
 
 
 def __getattr__(name: str):
@@ -14,6 +14,10 @@ def __getattr__(name: str):
         from pyzoo._patch import patch
 
         return patch
+    if name == "accelerate":
+        from pyzoo._accelerate import accelerate
+
+        return accelerate
     if name in __all__:
         return importlib.import_module(f"pyzoo.{name}")
     raise AttributeError(f"module 'pyzoo' has no attribute {name!r}")

@@ -52,6 +52,12 @@ def test_a_slower_peer_gives_a_ratio_above_one():
     assert len(faster.pyzoo_samples) == len(faster.peer_samples) >= BUDGET.min_pairs
 
 
+def test_the_times_of_a_peer_that_does_a_share_of_the_work_are_divided_by_it():
+    whole, share = run_one(spec()), run_one(spec(), case(peer_share=0.01))
+    assert share.peer_seconds >= 1
+    assert share.ratio > 20 * whole.ratio
+
+
 def test_the_ratio_is_the_median_of_neighbouring_pairs():
     assert measure.paired_ratio([1.0, 2.0, 1.0], [3.0, 4.0, 500.0]) == 3.0
 

@@ -19,11 +19,12 @@ inline int max_threads() {
 #endif
 }
 
+constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
+
 // Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
 // operations in total. Results must not depend on which thread runs which i.
 template <class F>
 void parallel_for(int64_t n, double work, F&& f) {
-  constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
 #ifdef _OPENMP
   if (n > 1 && work > kWorthAThread && max_threads() > 1) {
     std::exception_ptr error;  // must not leave the parallel region
@@ -37,6 +38,20 @@ void parallel_for(int64_t n, double work, F&& f) {
       }
     }
     if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// The same for equal pieces of work, which do not throw: neighbours go to one thread, the one that torch's own loops over the same
+// memory use, so that it finds in its cache what they left there.
+template <class F>
+void parallel_for_equal(int64_t n, double work, F&& f) {
+#ifdef _OPENMP
+  if (n > 1 && work > kWorthAThread && max_threads() > 1) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; ++i) f(i);
     return;
   }
 #endif

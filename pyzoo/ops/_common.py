@@ -114,7 +114,7 @@ class Operator:
 
     def _must_detach(self, args) -> bool:
         """A constant requires grad, which the core refuses: it would lose the gradient."""
-        return torch.is_grad_enabled() and any(args[i].requires_grad for i in self.constant)
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.constant)
 
     def _wants_derivative(self, args) -> bool:
         if forward_ad._current_level >= 0:
@@ -151,7 +151,7 @@ class Operator:
     def below_autograd(self, *args):
         """The value alone, for the forward of ``Function``."""
         if self._must_detach(args):
-            args = [x.detach() if i in self.constant else x for i, x in enumerate(args)]
+            args = [x.detach() if i in self.constant and x is not None else x for i, x in enumerate(args)]
         tensors = args[: self.count]
         if _is_plain(tensors):
             return self.cpu(*args)
