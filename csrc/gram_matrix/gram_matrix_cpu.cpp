@@ -47,6 +47,26 @@ struct Matrices {
   }
 };
 
+// Memory for n numbers that begins with a cache line: vectors that cross lines halve the speed of a tile.
+template <class A>
+class Scratch {
+ public:
+  A* get(int64_t n) {
+    constexpr uintptr_t kLine = 64;
+    if (n > size_) {
+      memory_.reset();
+      memory_.reset(new A[size_t(n) + kLine / sizeof(A)]);
+      prefer_huge_pages(memory_.get(), n * int64_t(sizeof(A)));
+      size_ = n;
+    }
+    return reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory_.get()) + kLine - 1) & ~(kLine - 1));
+  }
+
+ private:
+  std::unique_ptr<A[]> memory_;
+  int64_t size_ = 0;
+};
+
 // The positions are summed up in chunks, each on its own, then the sums of the chunks: so the bits depend on the shape alone. Chunks of
 // at least as many positions as channels, so that their sums take less memory than the features.
 int64_t chunk_length(int64_t channels, int64_t positions) {
@@ -62,7 +82,8 @@ void check_matrices(const Tensor& t, const char* name, const FeatureMap& map) {
   check_tensor(t, name, 3);
   check_cpu(t, name);
   const int64_t c = map.channels;
-  check(t.shape[0] == map.images && t.shape[1] == c && t.shape[2] == c, std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
+  check(t.shape[0] == map.images && t.shape[1] == c && t.shape[2] == c,
+        std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
   check(t.numel() == 0 || ((c == 1 || (t.stride[2] == 1 && t.stride[1] == c)) && (map.images == 1 || t.stride[0] == c * c)),
         std::string(name) + " must be contiguous");
 }
@@ -87,6 +108,7 @@ void gram_matrix_bwd_cpu(const Tensor& grad_gram, const Tensor& features, const 
   const FeatureMap map(with_rows(features), "features"), grad(with_rows(grad_features), "grad_features");
   const Matrices matrices(grad_gram, "grad_gram", map, false);
   grad.check_written("grad_features");
+  check((grad_gram.dtype == DType::f64) == (features.dtype == DType::f64), "grad_gram must be float64 where features are, and only there");
   check_dtype(grad_features, "grad_features", features.dtype);
   check(features.ndim == grad_features.ndim && std::equal(features.shape, features.shape + features.ndim, grad_features.shape),
         "grad_features must have the shape of features, got " + grad_features.shape_string());

@@ -60,13 +60,6 @@ struct Step {
   std::vector<Span> y, x;
 };
 
-struct Plan {
-  Level cells;  // of the mean: the pieces into which the bins of several levels cut the map; no bins if not used
-  std::vector<Step> steps;
-  int64_t bins;                 // in the levels and cells together
-  int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
-};
-
 // The runs of pixels that no border of a bin divides.
 std::vector<Span> cut_between(const std::vector<const std::vector<Span>*>& axes) {
   std::vector<int64_t> cuts;
@@ -98,47 +91,58 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
   return out;
 }
 
-// A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does not
-// mind that these may overlap by a pixel; the mean does.
-Plan make_plan(const Pyramid& pyramid, int64_t height, int64_t width, bool average) {
-  Plan plan{{}, {}, pyramid.bins};
-  std::vector<Step>& steps = plan.steps;
-  for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr, level.y, level.x});
-  std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.level->bins() > b.level->bins(); });
-  const auto multiples = [](int64_t count, int64_t of) {
-    std::vector<Span> spans;
-    for (int64_t i = 0; i < count; ++i) spans.push_back({i * of, (i + 1) * of});
-    return spans;
-  };
-  for (size_t i = 1; i < steps.size(); ++i)
-    for (size_t j = 0; j < i; ++j) {
-      const Level &level = *steps[i].level, &finer = *steps[j].level;
-      if (average && (height % finer.height != 0 || width % finer.width != 0)) continue;
-      if (finer.height % level.height != 0 || finer.width % level.width != 0) continue;
-      steps[i] = {&level, &finer, multiples(level.height, finer.height / level.height), multiples(level.width, finer.width / level.width)};
-    }
-  std::vector<const Level*> roots;
-  for (const Step& step : steps)
-    if (!step.finer) roots.push_back(step.level);
-  if (average && roots.size() > 1) {
-    plan.cells = cut_cells(roots, pyramid.bins);
-    const int64_t passes = int64_t(roots.size()), cells = plan.cells.bins(), pixels = height * width;
-    if (pixels + (passes + 1) * cells < passes * pixels) {
-      for (Step& step : steps)
-        if (!step.finer) step = {step.level, &plan.cells, in_terms_of(step.y, plan.cells.y), in_terms_of(step.x, plan.cells.x)};
-      steps.insert(steps.begin(), {&plan.cells, nullptr, plan.cells.y, plan.cells.x});
-      plan.bins += cells;
-    }
+struct Plan {
+  Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
+  std::vector<Step> steps;
+  int64_t bins;                  // in the levels and cells together
+  int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
+
+  // A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does
+  // not mind that these may overlap by a pixel; the mean does.
+  Plan(const Pyramid& pyramid, const FeatureMap& map, bool average) : bins(pyramid.bins) {
+    const int64_t height = map.height, width = map.width;
+    for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr, level.y, level.x});
+    std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.level->bins() > b.level->bins(); });
+    for (size_t i = 1; i < steps.size(); ++i)
+      for (size_t j = 0; j < i; ++j) {  // the coarsest one is kept
+        const Level &level = *steps[i].level, &finer = *steps[j].level;
+        if (average && (height % finer.height != 0 || width % finer.width != 0)) continue;
+        if (finer.height % level.height != 0 || finer.width % level.width != 0) continue;
+        steps[i] = {&level, &finer, groups(finer.height, level.height), groups(finer.width, level.width)};
+      }
+    if (average) share_cells(pyramid, map);
+    for (const Step& step : steps)
+      if (!step.finer) ++passes, rows += step.level->height;
   }
-  for (const Step& step : steps)
-    if (!step.finer) ++plan.passes, plan.rows += step.level->height;
-  return plan;
-}
+  Plan(const Plan&) = delete;  // steps point to cells
+
+ private:
+  static std::vector<Span> groups(int64_t bins, int64_t count) {
+    std::vector<Span> spans;
+    for (int64_t i = 0; i < count; ++i) spans.push_back({i * (bins / count), (i + 1) * (bins / count)});
+    return spans;
+  }
+
+  // Levels that do not divide each other: if it is less work, each is made of cells, and only these are read from the map.
+  void share_cells(const Pyramid& pyramid, const FeatureMap& map) {
+    std::vector<const Level*> roots;
+    for (const Step& step : steps)
+      if (!step.finer) roots.push_back(step.level);
+    if (roots.size() < 2) return;
+    cells = cut_cells(roots, pyramid.bins);
+    const int64_t passes = int64_t(roots.size()), cost = map.pixel_stride == 1 ? 1 : 2;  // channels_last pixels lie further apart
+    if (cost * map.pixels() + (passes + 1) * cells.bins() >= passes * cost * map.pixels()) return;
+    for (Step& step : steps)
+      if (!step.finer) step = {step.level, &cells, in_terms_of(step.y, cells.y), in_terms_of(step.x, cells.x)};
+    steps.insert(steps.begin(), {&cells, nullptr, cells.y, cells.x});
+    bins += cells.bins();
+  }
+};
 
 // For each cell, row by row, the bins that cover it.
 struct Cover {
   Level cells;
-  std::vector<int64_t> bins;   // of cell k: [first[k], first[k + 1])
+  std::vector<int64_t> bins;  // of cell k: [first[k], first[k + 1])
   std::vector<int64_t> first;
 
   explicit Cover(const Pyramid& pyramid) : first{0} {
@@ -175,8 +179,7 @@ void check_features(const Tensor& t, const char* name, const FeatureMap& map, co
   check_tensor(t, name, 2);
   check_cpu(t, name);
   const int64_t features = map.channels * pyramid.bins;
-  check(t.shape[0] == map.images && t.shape[1] == features,
-        std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
+  check(t.shape[0] == map.images && t.shape[1] == features, std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
   const bool rows = (t.stride[1] == 1 || features == 1) && (t.stride[0] == features || map.images == 1);
   check(rows || t.numel() == 0, std::string(name) + " must be contiguous");
 }
@@ -196,7 +199,7 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
   }
   if (output.numel() == 0) return;
   check(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
-  const Plan plan = make_plan(pyramid, map.height, map.width, average);
+  const Plan plan(pyramid, map, average);
   const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
   dispatch_floating(input.dtype, [&](auto zero) {

@@ -390,13 +390,16 @@ def _call(
             runs = [lambda _, b, name=name, module=module: _run(module, name, b) for name, module in functions]
             return _couple_all(runs, x, dim, dtype)
         call = _Call(functions, dim, dtype, verify, errors)
-        if x.requires_grad or call.parameters:
+        if (x.requires_grad or call.parameters) and not any(map(nn.parameter.is_lazy, call.parameters)):
             return _Reversible.apply(call, x, *call.parameters)
     runs = [lambda half, name=name, module=module: _run(module, name, half.to(dtype)) for name, module in functions]
     return reversible_reference(runs, x, dim)
 
 
-_call_outside_graph = torch._disable_dynamo(_call)
+@torch._disable_dynamo
+def _reversible_outside_graph(*args) -> Tensor:
+    return _call(*args)
+
 
 # ------------------------------------------------------------------------------------------------------------- modules
 
@@ -411,7 +414,7 @@ def _reversible(
 ) -> Tensor:
     _check_halves(op, "input", input, dim)
     graph_break = torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    call = _call_outside_graph if graph_break else _call
+    call = _reversible_outside_graph if graph_break else _call
     x = input.to(_stream_dtype(input.dtype))
     return call(functions, x, dim, input.dtype, verify, errors).to(input.dtype)
 
@@ -507,8 +510,9 @@ class ReversibleSequential(nn.Sequential):
     which is also that of the output. float16 and bfloat16 input thus keeps two float32 halves instead of one output.
 
     ``create_graph=True``, ``torch.func``, forward-mode derivatives and ``torch.export`` give the right result with
-    ordinary graphs, which store activations. f and g may be compiled; ``torch.compile`` of a model around the stack
-    breaks the graph here, to keep the memory flat, unless gradients are off.
+    ordinary graphs, which store activations; so does the call that initializes lazy modules. f and g may be compiled;
+    ``torch.compile`` of a model around the stack breaks the graph here, to keep the memory flat, unless gradients are
+    off.
 
     Args:
         blocks: the blocks, all with the same ``dim``.

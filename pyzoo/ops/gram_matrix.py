@@ -72,6 +72,8 @@ def _backward_fake(grad_gram, features, normalize):
     op = "_gram_matrix_backward"
     _check_features(op, "features", features)
     common.check_floating(op, "grad_gram", grad_gram)
+    if _wide(grad_gram.dtype) != _wide(features.dtype):
+        raise TypeError(f"{op}: both tensors must be float64 or none, got {grad_gram.dtype} and {features.dtype}")
     common.check_same_device(op, "grad_gram", grad_gram, "features", features)
     images, channels = features.shape[:2]
     if grad_gram.shape != (images, channels, channels):

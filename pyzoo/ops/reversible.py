@@ -52,7 +52,10 @@ def _target(x: Tensor) -> Tensor:
 def _has_kernel(*tensors: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or tensors[0].dim() > _MAX_DIMS:
         return False
-    return all(type(t) is Tensor and not common._dispatch_keys(t).raw_repr() & ~common._PLAIN_TENSOR for t in tensors)
+    for t in tensors:
+        if type(t) is not Tensor or common._dispatch_keys(t).raw_repr() & ~common._PLAIN_TENSOR:
+            return False
+    return True
 
 
 def couple(x: Tensor, update: Tensor, out: Tensor | None = None) -> Tensor:

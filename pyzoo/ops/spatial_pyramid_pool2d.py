@@ -39,6 +39,9 @@ def _flat_levels(levels: Levels) -> list[int]:
         raise TypeError(f"spatial_pyramid_pool2d: levels must be a tuple or a list, got {type(levels).__name__}")
     flat = []
     for level in levels:
+        if type(level) is int:
+            flat += level, level
+            continue
         pair = level if isinstance(level, (tuple, list)) else (level, level)
         try:
             height, width = map(operator.index, pair)
@@ -47,7 +50,6 @@ def _flat_levels(levels: Levels) -> list[int]:
                 f"spatial_pyramid_pool2d: levels must be ints or (height, width) pairs of ints, got {level!r}"
             ) from None
         flat += height, width
-    _count_bins(flat)
     return flat
 
 
@@ -55,23 +57,23 @@ def _count_bins(levels: Sequence[int]) -> int:
     """Of a channel, in all levels together."""
     if not levels or len(levels) % 2:
         raise ValueError("spatial_pyramid_pool2d: levels must name at least one grid")
-    if min(levels) < 1:
-        raise ValueError(f"spatial_pyramid_pool2d: levels must be at least 1 x 1, got {_grids(levels)}")
-    return sum(map(operator.mul, levels[::2], levels[1::2]))
+    bins = 0
+    for i in range(0, len(levels), 2):
+        height, width = levels[i], levels[i + 1]
+        if height < 1 or width < 1:
+            raise ValueError(f"spatial_pyramid_pool2d: levels must be at least 1 x 1, got {height} x {width}")
+        bins += height * width
+    return bins
 
 
-def _grids(levels: Sequence[int]) -> str:
-    return ", ".join(f"{height} x {width}" for height, width in zip(levels[::2], levels[1::2], strict=True))
-
-
-def _new_output(input: Tensor, levels: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+def _new_output(input: Tensor, levels: Sequence[int]) -> Tensor:
     if input.dim() != 4:
         raise ValueError(f"spatial_pyramid_pool2d: input must have shape [N, C, H, W], got {list(input.shape)}")
     common.check_floating("spatial_pyramid_pool2d", "input", input)
     images, channels, height, width = input.shape
     if height < 1 or width < 1:
         raise ValueError(f"spatial_pyramid_pool2d: input must have pixels, got shape {list(input.shape)}")
-    return input.new_empty((images, channels * _count_bins(levels)), dtype=dtype)
+    return input.new_empty((images, channels * _count_bins(levels)))
 
 
 # --------------------------------------------------------------------------------------------- spatial_pyramid_pool2d
@@ -98,7 +100,8 @@ _pool = Operator(
 
 
 def _argmax_fake(input, levels):
-    return _new_output(input, levels), _new_output(input, levels, torch.int32)
+    output = _new_output(input, levels)
+    return output, torch.empty_like(output, dtype=torch.int32)
 
 
 def _argmax_cpu(input, levels):

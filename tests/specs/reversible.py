@@ -143,8 +143,9 @@ SPEC = OpSpec(
     bench=bench,
     peer=stored,
     peer_name="stored activations",
-    # Rebuilt halves differ from the original ones in the last bits, which batch norms magnify from block to block.
-    tolerances={torch.float32: (1e-2, 1e-3)},
+    # Single gradients change by a tenth of the largest when rounding moves a value over the kink of a ReLU, stored or
+    # rebuilt: both are as far from float64. The tests compare in float64, to 1e-10.
+    tolerances={torch.float32: (1e-2, 0.3)},
 )
 CHECKPOINT = replace(
     SPEC,

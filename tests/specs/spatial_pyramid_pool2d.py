@@ -79,7 +79,7 @@ def errors():
         ("no_columns", {"input": torch.zeros(0, 3, 8, 0)}, ValueError, r"must have pixels, got shape \[0, 3, 8, 0\]"),
         ("levels_empty", {"levels": ()}, ValueError, "levels must name at least one grid"),
         ("levels_int", {"levels": 4}, TypeError, "levels must be a tuple or a list, got int"),
-        ("levels_zero", {"levels": (1, 0)}, ValueError, "levels must be at least 1 x 1, got 1 x 1, 0 x 0"),
+        ("levels_zero", {"levels": (1, 0)}, ValueError, "levels must be at least 1 x 1, got 0 x 0"),
         ("levels_negative", {"levels": [(2, -1)]}, ValueError, "levels must be at least 1 x 1, got 2 x -1"),
         ("levels_float", {"levels": (1, 2.0)}, TypeError, r"levels must be ints or \(height, width\).*got 2.0"),
         ("levels_three", {"levels": [(1, 2, 3)]}, TypeError, r"levels must be ints or .*got \(1, 2, 3\)"),
@@ -137,6 +137,7 @@ def bench():
     for shape, levels, modes, quick in BENCH:
         images, channels, height, width = shape
         pixels, bins = height * width, sum(n * n for n in levels)
+        name = f"levels {','.join(map(str, levels))}"
         for mode in modes:
             for layout, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
                 for backward in (False, True):
@@ -148,7 +149,7 @@ def bench():
                     # Reads the map, or writes its gradient; the pooled values, and in the backward the positions.
                     features = bins * (2 if backward and mode == "max" else 1)
                     yield BenchCase(
-                        f"{direction} {'x'.join(map(str, shape))} {layout}, {mode}, levels {', '.join(map(str, levels))}",
+                        f"{direction} {'x'.join(map(str, shape))} {layout}, {mode}, {name}",
                         f"{direction} {mode} {layout}",
                         make,
                         backward=backward,
