@@ -49,9 +49,7 @@ struct Band {
   int64_t depth, width;
 
   Band(const Product& product, const FeatureMap& map)
-      : reach(product.taps, product.sign(), map.height, map.width),
-        depth(product.depth),
-        width(reach.left + map.width + reach.right) {}
+      : reach(product.taps, product.sign(), map.height, map.width), depth(product.depth), width(reach.left + map.width + reach.right) {}
 
   int64_t row_stride() const { return width * depth; }
 };
@@ -63,6 +61,18 @@ struct Run {
   int64_t depth;
   int64_t live;  // where in Panel::live its lanes are named, or -1 for all
 };
+
+// Adds a run to a list, or makes the last one longer.
+inline void append(std::vector<Run>& runs, const Run& run) {
+  if (!runs.empty() && run.live < 0) {
+    Run& last = runs.back();
+    if (last.live < 0 && last.term + last.depth == run.term && last.offset + last.depth == run.offset) {
+      last.depth += run.depth;
+      return;
+    }
+  }
+  runs.push_back(run);
+}
 
 // Channels [begin, begin + count) of the result: what one tile computes.
 template <class A>
@@ -99,13 +109,7 @@ void make_runs(Panel<A>& panel, const Product& product, int64_t group, const Ban
         }
       }
       terms += run.depth;
-      Run* before = whole.empty() ? nullptr : &whole.back();
-      if (before && before->live < 0 && run.live < 0 && before->term + before->depth == run.term &&
-          before->offset + before->depth == run.offset) {
-        before->depth += run.depth;
-      } else {
-        whole.push_back(run);
-      }
+      append(whole, run);
     }
   }
   const int64_t chunks = std::max<int64_t>((terms + most - 1) / most, 1), chunk = (terms + chunks - 1) / chunks;
@@ -141,16 +145,24 @@ std::vector<Panel<A>> make_panels(int64_t channels, int64_t n, int vectors, int6
   return panels;
 }
 
-// Rows that one task computes: enough pixels to use the weights well, few enough for the second-level cache, and several tasks.
-int64_t rows_of_a_task(const Band& band, const FeatureMap& map, int64_t groups, int64_t element_bytes) {
-  constexpr int64_t kPixels = 512, kFewPixels = 64, kBytes = 512 << 10, kTasks = 16;
-  const int64_t width = std::max<int64_t>(map.width, 1), halo = band.reach.top + band.reach.bottom;
-  int64_t rows = std::min(kPixels / width, kBytes / (band.row_stride() * element_bytes + 1) - halo);
-  rows = std::min(rows, std::max(map.images * map.height * groups / kTasks, kFewPixels / width));
-  rows = std::min(std::max<int64_t>(rows, 1), map.height);
-  const int64_t bands = (map.height + rows - 1) / rows;
-  return (map.height + bands - 1) / bands;
-}
+// A task: some rows of an image, and part of the panels of a group. Enough pixels to use the weights well, few enough for the
+// second-level cache, and several tasks: by fewer rows, or, where the weights do not stay in the cache, by fewer panels.
+struct Split {
+  int64_t rows, bands, parts;
+
+  Split(const Band& band, const FeatureMap& map, int64_t groups, int64_t panels, int64_t weight_bytes, int64_t element_bytes) {
+    constexpr int64_t kPixels = 512, kFewPixels = 64, kBytes = 512 << 10, kTasks = 16;
+    const int64_t width = std::max<int64_t>(map.width, 1), halo = band.reach.top + band.reach.bottom;
+    const auto at_least_one = [](int64_t n) { return std::max<int64_t>(n, 1); };
+    rows = std::min(kPixels / width, kBytes / at_least_one(band.row_stride() * element_bytes) - halo);
+    rows = std::min(at_least_one(rows), map.height);
+    const int64_t tasks = map.images * ((map.height + rows - 1) / rows) * groups;
+    parts = weight_bytes > kBytes ? std::min((kTasks + tasks - 1) / tasks, panels) : 1;
+    rows = std::min(rows, at_least_one(std::max(map.images * map.height * groups * parts / kTasks, kFewPixels / width)));
+    bands = (map.height + rows - 1) / rows;
+    rows = (map.height + bands - 1) / bands;
+  }
+};
 
 }  // namespace
 

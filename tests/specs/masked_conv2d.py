@@ -17,24 +17,20 @@ MASKS = ("A", "B", "vertical_a", "vertical_b", "horizontal_a", "horizontal_b")
 
 @functools.cache
 def float_mask(out_channels, in_channels, kernel, mask, colors=1, gates=1, groups=1):
-    """What a user multiplies the weight with, written out weight by weight."""
+    """What a user multiplies the weight with."""
     live = torch.zeros(out_channels, in_channels // groups, *kernel)
     row, column = kernel[0] // 2, kernel[1] // 2
-    strict, block = mask[-1] in "Aa", out_channels // gates
+    if not mask.startswith("horizontal"):
+        live[:, :, :row] = 1
+    if mask.startswith("vertical"):
+        live[:, :, row] = mask == "vertical_b"
+        return live
+    live[:, :, row, :column] = 1
     for o in range(out_channels):
-        color = o % block * colors // block
+        color = o % (out_channels // gates) * colors // (out_channels // gates)
         for i in range(in_channels // groups):
             other = (o * groups // out_channels * (in_channels // groups) + i) * colors // in_channels
-            for y in range(kernel[0]):
-                for x in range(kernel[1]):
-                    above, left, centre = y < row, y == row and x < column, y == row and x == column
-                    own = centre and (other < color if strict else other <= color)
-                    live[o, i, y, x] = {
-                        "vertical_a": above,
-                        "vertical_b": y <= row,
-                        "horizontal_a": left or own,
-                        "horizontal_b": left or own,
-                    }.get(mask, above or left or own)
+            live[o, i, row, column] = other < color if mask[-1] in "Aa" else other <= color
     return live
 
 
