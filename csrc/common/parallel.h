@@ -19,22 +19,33 @@ inline int max_threads() {
 #endif
 }
 
+enum class Schedule {
+  dynamic,  // whoever is free takes the next i: for work of uneven size
+  steady,   // runs of i, the same thread for the same i at each call: what it finds and leaves in its caches is used again
+};
+
 // Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
 // operations in total. Results must not depend on which thread runs which i.
-template <class F>
+template <Schedule schedule = Schedule::dynamic, class F>
 void parallel_for(int64_t n, double work, F&& f) {
   constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
 #ifdef _OPENMP
   if (n > 1 && work > kWorthAThread && max_threads() > 1) {
     std::exception_ptr error;  // must not leave the parallel region
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; ++i) {
+    const auto call = [&](int64_t i) {
       try {
         f(i);
       } catch (...) {
 #pragma omp critical(pyzoo_parallel_for)
         error = std::current_exception();
       }
+    };
+    if constexpr (schedule == Schedule::steady) {
+#pragma omp parallel for schedule(static)
+      for (int64_t i = 0; i < n; ++i) call(i);
+    } else {
+#pragma omp parallel for schedule(dynamic, 1)
+      for (int64_t i = 0; i < n; ++i) call(i);
     }
     if (error) std::rethrow_exception(error);
     return;
