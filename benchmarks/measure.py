@@ -7,6 +7,8 @@ both; the ratio is the median of the pairwise ratios. A case whose outputs disag
 from __future__ import annotations
 
 import gc
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +71,8 @@ class Result:
     ratio: float | None = None  # peer / pyzoo: above 1, pyzoo is faster
     floor_seconds: float | None = None
     ceiling_fraction: float | None = None
+    pyzoo_bytes: int | None = None  # peak memory of step cases
+    peer_bytes: int | None = None
     pyzoo_samples: list[float] = field(default_factory=list)
     peer_samples: list[float] = field(default_factory=list)
 
@@ -165,6 +169,24 @@ def seconds_per_call(call: Call, loops: int = 1) -> float:
     return (time.perf_counter() - start) / loops
 
 
+def peak_bytes(call: Call) -> int:
+    """The most that torch's allocator had given out at a time during ``call()``, not counting what it returns."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print lines of its own
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = tensors_of(call())
+    nodes, changes = recorded.profiler.kineto_results.experimental_event_tree(), []
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            changes.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    changes.sort()
+    last = {address: i for i, (_, address, size) in enumerate(changes) if size > 0}
+    returned = {last.get(tensor.untyped_storage().data_ptr()) for tensor in results}
+    return max(itertools.accumulate((c[2] for i, c in enumerate(changes) if i not in returned), initial=0))
+
+
 @contextmanager
 def gc_paused() -> Iterator[None]:
     """The collector would otherwise run inside whichever sample happens to trigger it."""
@@ -210,11 +232,13 @@ def paired_ratio(ours: list[float], peer: list[float]) -> float:
 
 def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call | None = None) -> Result:
     """Checks and times one case. What goes wrong stands in the result: one broken case must not hide the others."""
-    direction = "backward" if case.backward else "forward"
+    direction = "step" if case.step else "backward" if case.backward else "forward"
     result = Result(spec.name, case.id, case.group, direction, case.size, spec.peer_name if spec.peer else "")
     try:
         ours, peer = prepare(spec, case)
         samples = interleave([ours, peer] if peer else [ours], budget, before_sample)
+        if case.step:
+            result.pyzoo_bytes, result.peer_bytes = peak_bytes(ours), peak_bytes(peer) if peer else None
     except Disagreement as error:
         result.status, result.note = "disagrees", str(error)
         return result
@@ -226,9 +250,9 @@ def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call
     result.pyzoo_samples = samples[0]
     result.pyzoo_seconds = statistics.median(samples[0])
     if peer:
-        result.peer_samples = samples[1]
-        result.peer_seconds = statistics.median(samples[1])
-        result.ratio = paired_ratio(*samples)
+        result.peer_samples = [seconds / case.peer_share for seconds in samples[1]]
+        result.peer_seconds = statistics.median(result.peer_samples)
+        result.ratio = paired_ratio(result.pyzoo_samples, result.peer_samples)
     if floor := ceilings.floor_seconds(case):
         result.floor_seconds = floor
         result.ceiling_fraction = floor / result.pyzoo_seconds
@@ -241,6 +265,7 @@ def measure_ceilings(copy_mib: int = 256, gemm_size: int = 1536, repeats: int = 
     target = torch.empty_like(source)
     a, b = torch.rand(2, gemm_size, gemm_size).unbind()
     out = torch.empty_like(a)
+    pixels, kernel = a.view(1, 32, gemm_size // 32, gemm_size).permute(0, 3, 1, 2), b.view(gemm_size, gemm_size, 1, 1)
 
     def best(call: Call) -> float:
         call()
@@ -250,7 +275,10 @@ def measure_ceilings(copy_mib: int = 256, gemm_size: int = 1536, repeats: int = 
         copied = 2 * source.numel() * source.element_size()  # each byte is read once and written once
         return Ceilings(
             copy_bytes_per_second=copied / best(lambda: target.copy_(source)),
-            gemm_flops_per_second=2 * gemm_size**3 / best(lambda: torch.mm(a, b, out=out)),
+            # torch has two libraries for a product, and which one is faster depends on the processor.
+            gemm_flops_per_second=2
+            * gemm_size**3
+            / min(best(lambda: torch.mm(a, b, out=out)), best(lambda: torch.conv2d(pixels, kernel))),
         )
 
 

@@ -40,7 +40,7 @@ neighbouring runs, and a time is the median of its runs. A case is timed only af
 peer's: indices exactly, values and gradients within a tolerance. The floor is the least memory traffic or
 arithmetic of the case divided by what this machine reached in the same session when it copied a large buffer or
 multiplied matrices with torch; input that stays in the caches can go above 100 %. Backward cases time the backward
-pass alone.
+pass alone. Memory is the most that torch's allocator had given out at a time during a step, besides the results.
 """
 
 CSS = """
@@ -86,6 +86,8 @@ def render(document: dict) -> str:
         if any(growth.values()):
             sections.append("<h2>Time against size</h2>")
             sections += [_panel(figure, f"Time of {op} against size") for op, figure in growth.items() if figure]
+        if any(result.get("pyzoo_bytes") for result in results):
+            sections += ["<h2>Memory against size</h2>", _panel(_memory(results), "Peak memory against size")]
     sections += ["<h2>All cases</h2>", _table(results), "<h2>Machine and method</h2>", _machine(document)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -211,13 +213,8 @@ def _growth(results: list[dict]) -> Figure | None:
     groups = {key: group for key, group in groups.items() if len({result["size"] for result in group}) > 1}
     if not groups:
         return None
-    columns = 3
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(11, 2.9 * rows), layout="constrained")
+    figure, grid = _grid(len(groups))
     figure.suptitle(results[0]["op"], x=0.01, ha="left", weight="bold")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in grid[len(groups) :]:
-        axes.set_visible(False)
     for axes, ((name, direction), group) in zip(grid, groups.items(), strict=False):
         _line(axes, group, "floor_seconds", "this machine's floor", FLOOR, ":", None)
         _line(axes, group, "peer_seconds", group[0]["peer_name"], PEER, "-", "s")
@@ -233,6 +230,36 @@ def _growth(results: list[dict]) -> Figure | None:
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
     return figure
+
+
+def _memory(results: list[dict]) -> Figure:
+    """Peak memory of a training step against size, pyzoo and all peers, one plot for each group with several sizes."""
+    groups: dict[str, dict[str, dict[float, float]]] = {}
+    for result in results:
+        for name, used in (("pyzoo", result.get("pyzoo_bytes")), (result["peer_name"], result.get("peer_bytes"))):
+            if used:
+                groups.setdefault(result["group"], {}).setdefault(name, {})[result["size"]] = used / 2**20
+    groups = {group: lines for group, lines in groups.items() if len(lines["pyzoo"]) > 1} or groups
+    figure, grid = _grid(len(groups))
+    for axes, (group, lines) in zip(grid, groups.items(), strict=False):
+        for color, (name, sizes) in zip((FORWARD, PEER, FLOOR, BACKWARD, LOSS), lines.items(), strict=False):
+            x = sorted(sizes)
+            axes.plot(x, [sizes[n] for n in x], "o-", color=color, markersize=4, linewidth=1.6, label=name)
+        axes.set(title=group, xlabel="size", ylabel="MiB", xlim=(0, None), ylim=(0, None))
+        axes.grid()
+        axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+    return figure
+
+
+def _grid(plots: int) -> tuple[Figure, list]:
+    """A figure with room for so many plots, and the plots."""
+    columns = 3
+    rows = -(-plots // columns)
+    figure = Figure(figsize=(11, 2.9 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[plots:]:
+        axes.set_visible(False)
+    return figure, grid
 
 
 def _line(axes, group: list[dict], key: str, label: str, color: str, style: str, marker: str | None) -> None:

@@ -35,6 +35,7 @@ def test_pyzoo(benchmark, prepared, ceilings):
     run(benchmark, prepared, prepared.ours)
     if prepared.peer:
         ours, peer = measure.interleave([prepared.ours, prepared.peer], prepared.budget)
+        peer = [seconds / prepared.case.peer_share for seconds in peer]
         benchmark.extra_info.update(ratio=measure.paired_ratio(ours, peer), pyzoo_samples=ours, peer_samples=peer)
     if floor := ceilings.floor_seconds(prepared.case):
         benchmark.extra_info["ceiling_fraction"] = floor / benchmark.stats.stats.median

@@ -11,7 +11,12 @@ namespace pyzoo {
 void register_roi_align(pybind11::module_& m);
 void register_roi_pool(pybind11::module_& m);
 void register_nms(pybind11::module_& m);
+void register_masked_conv2d(pybind11::module_& m);
+void register_pixelcnn_sampler(pybind11::module_& m);
+void register_gram_matrix(pybind11::module_& m);
+void register_spatial_pyramid_pool2d(pybind11::module_& m);
 void register_depthwise_conv2d(pybind11::module_& m);
+void register_reversible(pybind11::module_& m);
 }  // namespace pyzoo
 
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
@@ -22,7 +27,12 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_roi_align(m);
   pyzoo::register_roi_pool(m);
   pyzoo::register_nms(m);
+  pyzoo::register_masked_conv2d(m);
+  pyzoo::register_pixelcnn_sampler(m);
+  pyzoo::register_gram_matrix(m);
+  pyzoo::register_spatial_pyramid_pool2d(m);
   pyzoo::register_depthwise_conv2d(m);
+  pyzoo::register_reversible(m);
 
   m.def("set_isa", &pyzoo::set_isa, "name"_a, "Force an instruction set by name; '' returns to the best. For tests.");
   m.def(

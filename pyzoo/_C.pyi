@@ -21,6 +21,9 @@ class BuildInfo(TypedDict):
 # First level, canonical scale, canonical level, epsilon.
 LevelMap = tuple[int, float, float, float]
 
+# The four weights and biases of a PixelCNNLayer, its conditions, whether it has a residual.
+PixelCNNLayer = tuple[Array, Array, Array, Array, Array, Array, Array, Array, Array | None, Array | None, bool]
+
 def build_info() -> BuildInfo: ...
 def set_isa(name: str) -> None: ...
 def depthwise_conv2d_fwd_cpu(
@@ -52,6 +55,14 @@ def depthwise_conv2d_bwd_weight_cpu(
 def nms_cpu(
     boxes: Array, scores: Array, idxs: Array | None, iou_threshold: float, keep: Array, shift_classes: bool
 ) -> int | list[int]: ...
+def pixelcnn_sample_cpu(
+    layers: Sequence[PixelCNNLayer],
+    head: Sequence[tuple[Array, Array]],
+    uniforms: Array,
+    samples: Array,
+    logits: Array | None,
+    temperature: float,
+) -> None: ...
 def roi_align_fwd_cpu(
     inputs: Sequence[Array],
     rois: Array,
@@ -75,3 +86,50 @@ def roi_pool_bwd_cpu(
     grad_output: Array, input: Array, rois: Array, grad_input: Array, spatial_scale: float
 ) -> None: ...
 def roi_pool_bwd_argmax_cpu(grad_output: Array, rois: Array, argmax: Array, grad_input: Array) -> None: ...
+def spatial_pyramid_pool2d_fwd_cpu(
+    input: Array, levels: Sequence[int], output: Array, argmax: Array | None, average: bool
+) -> None: ...
+def spatial_pyramid_pool2d_bwd_cpu(
+    grad_output: Array, argmax: Array | None, levels: Sequence[int], grad_input: Array
+) -> None: ...
+def gram_matrix_fwd_cpu(features: Array, gram: Array, normalize: bool) -> None: ...
+def gram_matrix_bwd_cpu(grad_gram: Array, features: Array, grad_features: Array, normalize: bool) -> None: ...
+def gram_loss_fwd_cpu(features: Array, target: Array, difference: Array, loss: Array, normalize: bool) -> None: ...
+def masked_conv2d_fwd_cpu(
+    input: Array,
+    weight: Array,
+    bias: Array | None,
+    output: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_input_cpu(
+    grad_output: Array,
+    weight: Array,
+    grad_input: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_weight_cpu(
+    grad_output: Array,
+    input: Array,
+    grad_weight: Array,
+    mask: str,
+    colors: int,
+    gates: int,
+    groups: int,
+    dilation_y: int,
+    dilation_x: int,
+) -> None: ...
+def masked_conv2d_bwd_bias_cpu(grad_output: Array, grad_bias: Array) -> None: ...
+def reversible_fwd_cpu(x: Array, update: Array, y: Array) -> None: ...
+def reversible_inv_cpu(y: Array, update: Array, x: Array) -> None: ...
+def reversible_bwd_cpu(y: Array, update: Array, x: Array, grad_y: Array, grad_update: Array, grad_x: Array) -> None: ...

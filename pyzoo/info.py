@@ -19,7 +19,17 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "roi_pool": ("roi_pool_fwd", "roi_pool_bwd"),
     "nms": ("nms",),
     "batched_nms": ("nms",),
+    "spatial_pyramid_pool2d": ("spatial_pyramid_pool2d_fwd", "spatial_pyramid_pool2d_bwd"),
+    "gram_matrix": ("gram_matrix_fwd", "gram_matrix_bwd"),
+    "gram_loss": ("gram_loss_fwd", "gram_matrix_bwd"),
+    "masked_conv2d": (
+        "masked_conv2d_fwd",
+        "masked_conv2d_bwd_input",
+        "masked_conv2d_bwd_weight",
+        "masked_conv2d_bwd_bias",
+    ),
     "depthwise_conv2d": ("depthwise_conv2d_fwd", "depthwise_conv2d_bwd_input", "depthwise_conv2d_bwd_weight"),
+    "pixelcnn_sample": ("pixelcnn_sample",),
 }
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"

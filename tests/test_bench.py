@@ -52,6 +52,12 @@ def test_a_slower_peer_gives_a_ratio_above_one():
     assert len(faster.pyzoo_samples) == len(faster.peer_samples) >= BUDGET.min_pairs
 
 
+def test_the_times_of_a_peer_that_does_a_share_of_the_work_are_divided_by_it():
+    whole, share = run_one(spec()), run_one(spec(), case(peer_share=0.01))
+    assert share.peer_seconds >= 1
+    assert share.ratio > 20 * whole.ratio
+
+
 def test_the_ratio_is_the_median_of_neighbouring_pairs():
     assert measure.paired_ratio([1.0, 2.0, 1.0], [3.0, 4.0, 500.0]) == 3.0
 
@@ -90,6 +96,21 @@ def test_backward_times_the_backward_pass_alone():
     assert result.status == "ok"
     assert result.direction == "backward"
     assert result.peer_seconds < 0.01
+
+
+def test_peak_memory_of_a_step():
+    def hoarding(x):
+        return [x + i for i in range(8)][-1]  # seven at the end, besides the result
+
+    def frugal(x):
+        return x + 1 + 2
+
+    x = torch.ones(2**18)
+    assert measure.peak_bytes(lambda: hoarding(x)) == pytest.approx(7 * 2**20, rel=1e-3)
+    assert measure.peak_bytes(lambda: frugal(x)) == pytest.approx(2**20, rel=1e-3)
+    result = run_one(spec(op=frugal, peer=lambda x: slow(x) - x + 1 + 2), case(step=True))
+    assert (result.direction, result.status) == ("step", "ok")
+    assert result.peer_bytes > result.pyzoo_bytes > 0
 
 
 def test_without_a_peer_the_reference_decides():
@@ -190,6 +211,16 @@ def test_the_page_has_every_case_and_needs_nothing_else(document):
     for outside in ("<script", "<link", "<img", "src=", 'href="http', "url(http"):
         assert outside not in html
     assert html == page.render(document)
+
+
+def test_the_page_shows_memory_where_it_was_measured(document):
+    sizes = [
+        (n, result("stack", f"{n} blocks", "step", n, pyzoo_bytes=2**20, peer_bytes=int(n) << 20)) for n in (2.0, 4.0)
+    ]
+    html = page.render({**document, "results": [r for _, r in sizes]})
+    assert "Memory against size" in html
+    assert html.count('<svg role="img"') == 3
+    assert "Memory against size" not in page.render(document)
 
 
 def test_a_page_without_results_still_renders(document):

@@ -12,10 +12,36 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import pyzoo
 from pyzoo.ops._common import operators
-from tests.specs import batched_nms, depthwise_conv2d, inputs, multiscale_roi_align, nms, roi_align, roi_pool
+from tests.specs import (
+    batched_nms,
+    depthwise_conv2d,
+    gram_loss,
+    gram_matrix,
+    inputs,
+    masked_conv2d,
+    multiscale_roi_align,
+    nms,
+    roi_align,
+    roi_pool,
+    spatial_pyramid_pool2d,
+)
 from tests.specs.spec import OpSpec, Sample
 
-SPECS = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool, nms, batched_nms, depthwise_conv2d)]
+SPECS = [
+    module.SPEC
+    for module in (
+        roi_align,
+        multiscale_roi_align,
+        roi_pool,
+        nms,
+        batched_nms,
+        masked_conv2d,
+        gram_matrix,
+        gram_loss,
+        spatial_pyramid_pool2d,
+        depthwise_conv2d,
+    )
+]
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
 POOLING = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool)]
 BOX_OPS = [nms.SPEC, batched_nms.SPEC]
@@ -156,7 +182,7 @@ def test_output_keeps_dtype_and_layout(spec, dtype, layout):
     sample = typical(spec, dtype, layout)
     out, grads = gradients(spec.op, spec, sample)
     _, leaves = with_grad(spec, sample.args)
-    assert out.dtype == leaves[0].dtype
+    assert out.dtype == (widen(leaves[0]) if spec.wide_output else leaves[0]).dtype
     if out.dim() == 4:
         assert out.is_contiguous(memory_format=layout.memory_format)
     for grad, leaf in zip(grads, leaves, strict=True):

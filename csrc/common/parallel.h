@@ -19,16 +19,10 @@ inline int max_threads() {
 #endif
 }
 
-enum class Schedule {
-  dynamic,  // whoever is free takes the next i: for work of uneven size
-  steady,   // runs of i, the same thread for the same i at each call: what it finds and leaves in its caches is used again
-};
+constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
 
-// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
-// operations in total. Results must not depend on which thread runs which i.
-template <Schedule schedule = Schedule::dynamic, class F>
-void parallel_for(int64_t n, double work, F&& f) {
-  constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
+template <bool kEqual, class F>
+void run_parallel(int64_t n, double work, F&& f) {
 #ifdef _OPENMP
   if (n > 1 && work > kWorthAThread && max_threads() > 1) {
     std::exception_ptr error;  // must not leave the parallel region
@@ -40,7 +34,7 @@ void parallel_for(int64_t n, double work, F&& f) {
         error = std::current_exception();
       }
     };
-    if constexpr (schedule == Schedule::steady) {
+    if constexpr (kEqual) {
 #pragma omp parallel for schedule(static)
       for (int64_t i = 0; i < n; ++i) call(i);
     } else {
@@ -52,6 +46,20 @@ void parallel_for(int64_t n, double work, F&& f) {
   }
 #endif
   for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
+// operations in total. Results must not depend on which thread runs which i.
+template <class F>
+void parallel_for(int64_t n, double work, F&& f) {
+  run_parallel<false>(n, work, f);
+}
+
+// The same for equal pieces of work: neighbours go to one thread, the one that torch's own loops over the same memory use, so that it
+// finds in its cache what they left there.
+template <class F>
+void parallel_for_equal(int64_t n, double work, F&& f) {
+  run_parallel<true>(n, work, f);
 }
 
 }  // namespace pyzoo

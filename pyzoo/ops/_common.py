@@ -114,7 +114,7 @@ class Operator:
 
     def _must_detach(self, args) -> bool:
         """A constant requires grad, which the core refuses: it would lose the gradient."""
-        return torch.is_grad_enabled() and any(args[i].requires_grad for i in self.constant)
+        return torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.constant)
 
     def _wants_derivative(self, args) -> bool:
         if forward_ad._current_level >= 0:
@@ -151,7 +151,7 @@ class Operator:
     def below_autograd(self, *args):
         """The value alone, for the forward of ``Function``."""
         if self._must_detach(args):
-            args = [x.detach() if i in self.constant else x for i, x in enumerate(args)]
+            args = [x.detach() if i in self.constant and x is not None else x for i, x in enumerate(args)]
         tensors = args[: self.count]
         if _is_plain(tensors):
             return self.cpu(*args)
@@ -234,16 +234,16 @@ def check_grad_output(
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def pair(op: str, output_size) -> tuple[int, int]:
+def pair(op: str, value, name: str = "output_size") -> tuple[int, int]:
     """(height, width) from an int or from a sequence of one or two."""
-    if type(output_size) is int:
-        return output_size, output_size
-    sizes = output_size if isinstance(output_size, (tuple, list, torch.Size)) else (output_size,)
+    if type(value) is int:
+        return value, value
+    sizes = value if isinstance(value, (tuple, list, torch.Size)) else (value,)
     if not 1 <= len(sizes) <= 2:
-        raise ValueError(f"{op}: output_size must be an int or two ints, got {len(sizes)} values")
+        raise ValueError(f"{op}: {name} must be an int or two ints, got {len(sizes)} values")
     for size in sizes:
         if not isinstance(size, (int, torch.SymInt)) and not hasattr(size, "__index__"):
-            raise TypeError(f"{op}: output_size must be an int or two ints, got {output_size!r}")
+            raise TypeError(f"{op}: {name} must be an int or two ints, got {value!r}")
     return sizes[0], sizes[-1]
 
 

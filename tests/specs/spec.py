@@ -33,11 +33,13 @@ class ErrorSample(Sample):
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One timed case. ``make()`` builds fresh arguments; backward cases time only the backward pass.
+    """One timed case. ``make()`` builds fresh arguments; backward cases time only the backward pass. Step cases call a
+    function that runs both passes itself; their peak memory is measured, too.
 
     ``size`` is the x value of the time-against-size plot within ``group`` (for nms the number of boxes, for RoI ops the
     number of boxes times channels); ``floor_bytes`` and ``floor_flops`` are the least the op must move and compute,
-    from which the fraction of this machine's ceiling follows.
+    from which the fraction of this machine's ceiling follows. ``peer_share`` is the part of the work that a call of the
+    peer does, where all of it would take minutes: its times are divided by it.
     """
 
     id: str
@@ -48,6 +50,8 @@ class BenchCase:
     floor_bytes: float = 0.0
     floor_flops: float = 0.0
     quick: bool = False
+    peer_share: float = 1.0
+    step: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     layouts: tuple[str, str] = ("NCHW", "NHWC")  # what samples make of torch.contiguous_format, torch.channels_last
     differentiable: tuple[int, ...] = ()
+    wide_output: bool = False  # float32 for half precision; else the output has the dtype of the first argument
     exact: bool = False  # outputs are indices: compare for equality, not within tolerance
     tolerances: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)  # dtype -> (rtol, atol)
     autocast: bool = False  # casts its tensors to the dtype of autocast; else autocast changes nothing

@@ -1,0 +1,14 @@
+#include "common/tensor_caster.h"
+#include "gram_matrix/gram_matrix.h"
+
+namespace pyzoo {
+
+void register_gram_matrix(py::module_& m) {
+  using namespace py::literals;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("gram_matrix_fwd_cpu", &gram_matrix_fwd_cpu, "features"_a, "gram"_a, "normalize"_a, release());
+  m.def("gram_matrix_bwd_cpu", &gram_matrix_bwd_cpu, "grad_gram"_a, "features"_a, "grad_features"_a, "normalize"_a, release());
+  m.def("gram_loss_fwd_cpu", &gram_loss_fwd_cpu, "features"_a, "target"_a, "difference"_a, "loss"_a, "normalize"_a, release());
+}
+
+}  // namespace pyzoo

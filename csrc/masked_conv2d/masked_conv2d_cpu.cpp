@@ -1,0 +1,244 @@
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/feature_map.h"
+#include "common/memory.h"
+#include "common/vec.h"
+#include "masked_conv2d/masked_conv2d.h"
+#include "masked_conv2d/masked_conv2d_taps.h"
+
+namespace pyzoo {
+
+namespace {
+
+// One group of the product: `lanes` channels of the result, each a sum over the live taps and, at each of them, `depth` channels of
+// the source. Forward, the result are the output channels; for the gradient of the input it is the other way round, and the taps are
+// mirrored.
+struct Product {
+  const MaskedTaps& taps;
+  bool forward;
+  int64_t lanes, depth;
+
+  Product(const MaskedTaps& taps, bool forward)
+      : taps(taps),
+        forward(forward),
+        lanes((forward ? taps.out_channels : taps.in_channels) / taps.groups),
+        depth((forward ? taps.in_channels : taps.out_channels) / taps.groups) {}
+
+  int64_t sign() const { return forward ? 1 : -1; }
+  int64_t terms() const { return taps.taps() * depth; }
+  // Whether the centre tap joins a channel of the result and one of the source.
+  bool joins(int64_t group, int64_t lane, int64_t k) const {
+    lane += group * lanes, k += group * depth;
+    return forward ? k < taps.limit(lane) : lane < taps.limit(k);
+  }
+  // The end of the channels from k on that the centre tap joins to the same lanes.
+  int64_t same_until(int64_t group, int64_t k) const {
+    const int64_t block = forward ? taps.in_channels / taps.colors : taps.out_channels / taps.gates / taps.colors;
+    return std::min(depth, ((group * depth + k) / block + 1) * block - group * depth);
+  }
+};
+
+// A band of rows of one group of the source, in the type of the sums: [row][column][channel], with zeros around the map. The taps of
+// a row of the kernel are one long run in it.
+struct Band {
+  Reach reach;
+  int64_t depth, width;
+
+  Band(const Product& product, const FeatureMap& map)
+      : reach(product.taps, product.sign(), map.height, map.width),
+        depth(product.depth),
+        width(reach.left + map.width + reach.right) {}
+
+  int64_t row_stride() const { return width * depth; }
+};
+
+// Terms of a sum whose factors lie one after the other in the band and among the weights.
+struct Run {
+  int64_t offset;  // of the first one in the band, from the pixel that is computed
+  int64_t term;    // its number: tap after tap, channel after channel
+  int64_t depth;
+  int64_t live;  // where in Panel::live its lanes are named, or -1 for all
+};
+
+// Channels [begin, begin + count) of the result: what one tile computes.
+template <class A>
+struct Panel {
+  int64_t begin, count;
+  int vectors;
+  int64_t weights = 0;  // offset of the packed weights: [term][vectors x lanes]
+  std::vector<Run> runs;
+  std::vector<int64_t> chunks;  // runs [chunks[c], chunks[c + 1]) are added up at a time
+  std::vector<A> live;          // 1 for the lanes that a run adds to, else 0
+};
+
+// The runs of a panel, cut into chunks of at most `most` terms each, nearly equal: so many weights stay in the first-level cache.
+template <class A>
+void make_runs(Panel<A>& panel, const Product& product, int64_t group, const Band& band, const FeatureMap& map, int64_t lanes,
+               int64_t most) {
+  const MaskedTaps& taps = product.taps;
+  std::vector<Run> whole;
+  int64_t terms = 0;
+  for (int64_t tap = taps.first; tap < taps.last; ++tap) {
+    const int64_t dy = product.sign() * taps.dy(tap), dx = product.sign() * taps.dx(tap);
+    if (std::abs(dy) >= map.height || std::abs(dx) >= map.width) continue;
+    for (int64_t k = 0, end; k < product.depth; k = end) {
+      end = taps.ordered(tap) ? product.same_until(group, k) : product.depth;
+      Run run{dy * band.row_stride() + dx * band.depth + k, (tap - taps.first) * product.depth + k, end - k, -1};
+      if (taps.ordered(tap)) {
+        int64_t joined = 0;
+        for (int64_t lane = 0; lane < panel.count; ++lane) joined += product.joins(group, panel.begin + lane, k);
+        if (joined == 0) continue;
+        if (joined < panel.count) {
+          run.live = int64_t(panel.live.size());
+          for (int64_t lane = 0; lane < lanes; ++lane)
+            panel.live.push_back(lane < panel.count && product.joins(group, panel.begin + lane, k) ? A(1) : A(0));
+        }
+      }
+      terms += run.depth;
+      Run* before = whole.empty() ? nullptr : &whole.back();
+      if (before && before->live < 0 && run.live < 0 && before->term + before->depth == run.term &&
+          before->offset + before->depth == run.offset) {
+        before->depth += run.depth;
+      } else {
+        whole.push_back(run);
+      }
+    }
+  }
+  const int64_t chunks = std::max<int64_t>((terms + most - 1) / most, 1), chunk = (terms + chunks - 1) / chunks;
+  panel.chunks.push_back(0);
+  int64_t room = chunk;
+  for (Run run : whole)
+    while (run.depth > 0) {
+      if (room == 0) {
+        panel.chunks.push_back(int64_t(panel.runs.size()));
+        room = chunk;
+      }
+      Run part = run;
+      part.depth = std::min(run.depth, room);
+      panel.runs.push_back(part);
+      run.offset += part.depth, run.term += part.depth, run.depth -= part.depth, room -= part.depth;
+    }
+  panel.chunks.push_back(int64_t(panel.runs.size()));
+}
+
+// The channels of a group in panels of `vectors` vectors of n lanes; the last ones may be narrower.
+template <class A>
+std::vector<Panel<A>> make_panels(int64_t channels, int64_t n, int vectors, int64_t terms, int64_t weights) {
+  std::vector<Panel<A>> panels;
+  for (int64_t begin = 0; begin < channels; begin += panels.back().count) {
+    Panel<A> panel;
+    panel.begin = begin;
+    panel.vectors = int(std::min<int64_t>(vectors, (channels - begin + n - 1) / n));
+    panel.count = std::min(channels - begin, panel.vectors * n);
+    panel.weights = weights;
+    weights += terms * panel.vectors * n;
+    panels.push_back(panel);
+  }
+  return panels;
+}
+
+// Rows that one task computes: enough pixels to use the weights well, few enough for the second-level cache, and several tasks.
+int64_t rows_of_a_task(const Band& band, const FeatureMap& map, int64_t groups, int64_t element_bytes) {
+  constexpr int64_t kPixels = 512, kFewPixels = 64, kBytes = 512 << 10, kTasks = 16;
+  const int64_t width = std::max<int64_t>(map.width, 1), halo = band.reach.top + band.reach.bottom;
+  int64_t rows = std::min(kPixels / width, kBytes / (band.row_stride() * element_bytes + 1) - halo);
+  rows = std::min(rows, std::max(map.images * map.height * groups / kTasks, kFewPixels / width));
+  rows = std::min(std::max<int64_t>(rows, 1), map.height);
+  const int64_t bands = (map.height + rows - 1) / rows;
+  return (map.height + bands - 1) / bands;
+}
+
+}  // namespace
+
+#define PZ_KERNEL "masked_conv2d/masked_conv2d_cpu.inc"
+#include "common/foreach_isa.h"
+
+namespace {
+
+void check_contiguous(const Tensor& t, const char* name) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    check(t.shape[i] == 1 || t.stride[i] == stride || t.numel() == 0, std::string(name) + " must be contiguous");
+    stride *= t.shape[i];
+  }
+}
+
+void check_maps(const FeatureMap& input, const FeatureMap& output, const MaskedTaps& taps) {
+  check(input.images == output.images && input.height == output.height && input.width == output.width &&
+            input.channels == taps.in_channels && output.channels == taps.out_channels,
+        "the shapes of input, weight and output do not fit");
+  check(input.dtype == output.dtype, "input and output must have one dtype");
+}
+
+void multiply(const FeatureMap& source, const Tensor& weight, const Tensor* bias, const FeatureMap& result, const Product& product) {
+  check_contiguous(weight, "weight");
+  check_cpu(weight, "weight");
+  check_dtype(weight, "weight", source.dtype);
+  if (bias) {
+    check_contiguous(*bias, "bias");
+    check_cpu(*bias, "bias");
+    check_dtype(*bias, "bias", source.dtype);
+    check(bias->ndim == 1 && bias->shape[0] == result.channels, "bias must have shape [OC], got " + bias->shape_string());
+  }
+  const int64_t size = result.images * result.channels * result.pixels();
+  if (size == 0) return;
+  prefer_huge_pages(result.data, size * dtype_size(result.dtype));
+  dispatch_floating(source.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    PZ_FOR_ISA(template masked_conv2d<T>)(source, weight.ptr<T>(), bias ? bias->ptr<T>() : nullptr, result, product);
+  });
+}
+
+}  // namespace
+
+void masked_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const ConvMask& mask) {
+  const FeatureMap in(input, "input"), out(output, "output");
+  const MaskedTaps taps(weight, "weight", mask);
+  out.check_written("output");
+  check_maps(in, out, taps);
+  multiply(in, weight, bias, out, Product(taps, true));
+}
+
+void masked_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const ConvMask& mask) {
+  const FeatureMap grad(grad_output, "grad_output"), in(grad_input, "grad_input");
+  const MaskedTaps taps(weight, "weight", mask);
+  in.check_written("grad_input");
+  check_maps(in, grad, taps);
+  multiply(grad, weight, nullptr, in, Product(taps, false));
+}
+
+void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask) {
+  const FeatureMap grad(grad_output, "grad_output"), in(input, "input");
+  const MaskedTaps taps(grad_weight, "grad_weight", mask);
+  check_contiguous(grad_weight, "grad_weight");
+  check_cpu(grad_weight, "grad_weight");
+  check_dtype(grad_weight, "grad_weight", in.dtype);
+  check_maps(in, grad, taps);
+  if (grad_weight.numel() == 0) return;
+  if (taps.taps() == 0) {
+    std::fill_n(static_cast<char*>(grad_weight.data), grad_weight.numel() * dtype_size(in.dtype), char(0));
+    return;
+  }
+  dispatch_floating(in.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    PZ_FOR_ISA(template masked_conv2d_weight<T>)(grad, in, grad_weight.ptr<T>(), Product(taps, true));
+  });
+}
+
+void masked_conv2d_bwd_bias_cpu(const Tensor& grad_output, const Tensor& grad_bias) {
+  const FeatureMap grad(grad_output, "grad_output");
+  check_contiguous(grad_bias, "grad_bias");
+  check_cpu(grad_bias, "grad_bias");
+  check_dtype(grad_bias, "grad_bias", grad.dtype);
+  check(grad_bias.ndim == 1 && grad_bias.shape[0] == grad.channels, "grad_bias must have shape [C], got " + grad_bias.shape_string());
+  dispatch_floating(grad.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    PZ_FOR_ISA(template masked_conv2d_bias<T>)(grad, grad_bias.ptr<T>());
+  });
+}
+
+}  // namespace pyzoo

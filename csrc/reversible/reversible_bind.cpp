@@ -1,0 +1,14 @@
+#include "common/tensor_caster.h"
+#include "reversible/reversible.h"
+
+namespace pyzoo {
+
+void register_reversible(py::module_& m) {
+  using namespace py::literals;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def("reversible_fwd_cpu", &reversible_fwd_cpu, "x"_a, "update"_a, "y"_a, Release());
+  m.def("reversible_inv_cpu", &reversible_inv_cpu, "y"_a, "update"_a, "x"_a, Release());
+  m.def("reversible_bwd_cpu", &reversible_bwd_cpu, "y"_a, "update"_a, "x"_a, "grad_y"_a, "grad_update"_a, "grad_x"_a, Release());
+}
+
+}  // namespace pyzoo

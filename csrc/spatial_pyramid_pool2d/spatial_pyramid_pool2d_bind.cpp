@@ -1,0 +1,26 @@
+#include <optional>
+
+#include "common/tensor_caster.h"
+#include "spatial_pyramid_pool2d/spatial_pyramid_pool2d.h"
+
+namespace pyzoo {
+
+void register_spatial_pyramid_pool2d(py::module_& m) {
+  using namespace py::literals;
+  m.def(
+      "spatial_pyramid_pool2d_fwd_cpu",
+      [](const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const std::optional<Tensor>& argmax, bool average) {
+        py::gil_scoped_release release;
+        spatial_pyramid_pool2d_fwd_cpu(input, levels, output, argmax ? &*argmax : nullptr, average);
+      },
+      "input"_a, "levels"_a, "output"_a, "argmax"_a, "average"_a);
+  m.def(
+      "spatial_pyramid_pool2d_bwd_cpu",
+      [](const Tensor& grad_output, const std::optional<Tensor>& argmax, const std::vector<int64_t>& levels, const Tensor& grad_input) {
+        py::gil_scoped_release release;
+        spatial_pyramid_pool2d_bwd_cpu(grad_output, argmax ? &*argmax : nullptr, levels, grad_input);
+      },
+      "grad_output"_a, "argmax"_a, "levels"_a, "grad_input"_a);
+}
+
+}  // namespace pyzoo

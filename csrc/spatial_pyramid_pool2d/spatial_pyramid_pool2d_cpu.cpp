@@ -1,0 +1,231 @@
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "common/feature_map.h"
+#include "common/memory.h"
+#include "common/vec.h"
+#include "spatial_pyramid_pool2d/spatial_pyramid_pool2d.h"
+#include "spatial_pyramid_pool2d/spatial_pyramid_pool2d_geometry.h"
+
+namespace pyzoo {
+
+namespace {
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+struct Bin {
+  Span y, x;
+};
+
+// One level of the pyramid on a map of a given size.
+struct Level {
+  int64_t height, width;  // in bins
+  int64_t first;          // bins of the levels before it
+  std::vector<Span> y, x;
+  int64_t bins() const { return height * width; }
+  Bin bin(int64_t b) const { return {y[b / width], x[b % width]}; }
+};
+
+struct Pyramid {
+  std::vector<Level> levels;
+  int64_t bins = 0;  // of a channel
+
+  Pyramid(const std::vector<int64_t>& sizes, int64_t height, int64_t width) {
+    check(!sizes.empty() && sizes.size() % 2 == 0, "levels must be pairs of height and width");
+    const auto cut = [](int64_t bins, int64_t size) {
+      std::vector<Span> spans(static_cast<size_t>(bins));
+      for (int64_t i = 0; i < bins; ++i) spans[i] = {bin_begin(i, bins, size), bin_end(i, bins, size)};
+      return spans;
+    };
+    for (size_t i = 0; i < sizes.size(); i += 2) {
+      const int64_t h = sizes[i], w = sizes[i + 1];
+      check(h >= 1 && w >= 1 && h <= INT32_MAX && w <= INT32_MAX, "levels must be positive and below 2^31");
+      levels.push_back({h, w, bins, cut(h, height), cut(w, width)});
+      bins += h * w;
+    }
+  }
+};
+
+// A level, and where it is pooled from: the pixels of the map, or the bins of a finer level. Its rows of bins are made of the rows y of
+// that, its columns of the columns x.
+struct Step {
+  const Level* level;
+  const Level* finer;  // null: the map
+  std::vector<Span> y, x;
+};
+
+// The runs of pixels that no border of a bin divides.
+std::vector<Span> cut_between(const std::vector<const std::vector<Span>*>& axes) {
+  std::vector<int64_t> cuts;
+  for (const std::vector<Span>* axis : axes)
+    for (const Span& bin : *axis) cuts.insert(cuts.end(), {bin.begin, bin.end});
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  std::vector<Span> spans;
+  for (size_t i = 1; i < cuts.size(); ++i) spans.push_back({cuts[i - 1], cuts[i]});
+  return spans;
+}
+
+Level cut_cells(const std::vector<const Level*>& levels, int64_t first) {
+  std::vector<const std::vector<Span>*> y, x;
+  for (const Level* level : levels) y.push_back(&level->y), x.push_back(&level->x);
+  Level cells{0, 0, first, cut_between(y), cut_between(x)};
+  cells.height = int64_t(cells.y.size()), cells.width = int64_t(cells.x.size());
+  return cells;
+}
+
+// The finer spans that make up each span: both are in ascending order, and the finer ones have a border wherever these have one.
+std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<Span>& finer) {
+  std::vector<Span> out;
+  for (const Span& span : spans) {
+    const auto begins = [](const Span& a, int64_t at) { return a.begin < at; };
+    const auto first = std::lower_bound(finer.begin(), finer.end(), span.begin, begins);
+    out.push_back({first - finer.begin(), std::lower_bound(first, finer.end(), span.end, begins) - finer.begin()});
+  }
+  return out;
+}
+
+struct Plan {
+  Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
+  std::vector<Step> steps;
+  int64_t bins;                  // in the levels and cells together
+  int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
+
+  // A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does
+  // not mind that these may overlap by a pixel; the mean does.
+  Plan(const Pyramid& pyramid, const FeatureMap& map, bool average) : bins(pyramid.bins) {
+    const int64_t height = map.height, width = map.width;
+    for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr, level.y, level.x});
+    std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.level->bins() > b.level->bins(); });
+    for (size_t i = 1; i < steps.size(); ++i)
+      for (size_t j = 0; j < i; ++j) {  // the coarsest one is kept
+        const Level &level = *steps[i].level, &finer = *steps[j].level;
+        if (average && (height % finer.height != 0 || width % finer.width != 0)) continue;
+        if (finer.height % level.height != 0 || finer.width % level.width != 0) continue;
+        steps[i] = {&level, &finer, groups(finer.height, level.height), groups(finer.width, level.width)};
+      }
+    if (average) share_cells(pyramid, map);
+    for (const Step& step : steps)
+      if (!step.finer) ++passes, rows += step.level->height;
+  }
+  Plan(const Plan&) = delete;  // steps point to cells
+
+ private:
+  static std::vector<Span> groups(int64_t bins, int64_t count) {
+    std::vector<Span> spans;
+    for (int64_t i = 0; i < count; ++i) spans.push_back({i * (bins / count), (i + 1) * (bins / count)});
+    return spans;
+  }
+
+  // Levels that do not divide each other: if it is less work, each is made of cells, and only these are read from the map.
+  void share_cells(const Pyramid& pyramid, const FeatureMap& map) {
+    std::vector<const Level*> roots;
+    for (const Step& step : steps)
+      if (!step.finer) roots.push_back(step.level);
+    if (roots.size() < 2) return;
+    cells = cut_cells(roots, pyramid.bins);
+    const int64_t passes = int64_t(roots.size()), cost = map.pixel_stride == 1 ? 1 : 2;  // channels_last pixels lie further apart
+    if (cost * map.pixels() + (passes + 1) * cells.bins() >= passes * cost * map.pixels()) return;
+    for (Step& step : steps)
+      if (!step.finer) step = {step.level, &cells, in_terms_of(step.y, cells.y), in_terms_of(step.x, cells.x)};
+    steps.insert(steps.begin(), {&cells, nullptr, cells.y, cells.x});
+    bins += cells.bins();
+  }
+};
+
+// For each cell, row by row, the bins that cover it.
+struct Cover {
+  Level cells;
+  std::vector<int64_t> bins;  // of cell k: [first[k], first[k + 1])
+  std::vector<int64_t> first;
+
+  explicit Cover(const Pyramid& pyramid) : first{0} {
+    std::vector<const Level*> levels;
+    for (const Level& level : pyramid.levels) levels.push_back(&level);
+    cells = cut_cells(levels, 0);
+    const auto covering = [](const std::vector<Span>& all, const Span& cell) {
+      const auto begin = std::partition_point(all.begin(), all.end(), [&](const Span& bin) { return bin.end <= cell.begin; });
+      const auto end = std::partition_point(begin, all.end(), [&](const Span& bin) { return bin.begin < cell.end; });
+      return Span{begin - all.begin(), end - all.begin()};
+    };
+    for (int64_t k = 0; k < cells.bins(); ++k) {
+      for (const Level& level : pyramid.levels) {
+        const Span y = covering(level.y, cells.bin(k).y), x = covering(level.x, cells.bin(k).x);
+        for (int64_t i = y.begin; i < y.end; ++i)
+          for (int64_t j = x.begin; j < x.end; ++j) bins.push_back(level.first + i * level.width + j);
+      }
+      first.push_back(int64_t(bins.size()));
+    }
+  }
+};
+
+enum class Mode { average, max, argmax };
+
+}  // namespace
+
+#define PZ_KERNEL "spatial_pyramid_pool2d/spatial_pyramid_pool2d_cpu.inc"
+#include "common/foreach_isa.h"
+
+namespace {
+
+// output, grad_output and argmax: [N, C * bins], contiguous.
+void check_features(const Tensor& t, const char* name, const FeatureMap& map, const Pyramid& pyramid) {
+  check_tensor(t, name, 2);
+  check_cpu(t, name);
+  const int64_t features = map.channels * pyramid.bins;
+  check(t.shape[0] == map.images && t.shape[1] == features, std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
+  const bool rows = (t.stride[1] == 1 || features == 1) && (t.stride[0] == features || map.images == 1);
+  check(rows || t.numel() == 0, std::string(name) + " must be contiguous");
+}
+
+}  // namespace
+
+void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const Tensor* argmax,
+                                    bool average) {
+  const FeatureMap map(input, "input");
+  const Pyramid pyramid(levels, map.height, map.width);
+  check_features(output, "output", map, pyramid);
+  check_dtype(output, "output", input.dtype);
+  check(!average || !argmax, "a mean has no argmax");
+  if (argmax) {
+    check_features(*argmax, "argmax", map, pyramid);
+    check_dtype(*argmax, "argmax", DType::i32);
+  }
+  if (output.numel() == 0) return;
+  check(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
+  const Plan plan(pyramid, map, average);
+  const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
+  int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
+  dispatch_floating(input.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    PZ_FOR_ISA(template pool<T>)(map, pyramid, plan, mode, output.ptr<T>(), indices);
+  });
+}
+
+void spatial_pyramid_pool2d_bwd_cpu(const Tensor& grad_output, const Tensor* argmax, const std::vector<int64_t>& levels,
+                                    const Tensor& grad_input) {
+  const FeatureMap map(grad_input, "grad_input");
+  map.check_written("grad_input");
+  const Pyramid pyramid(levels, map.height, map.width);
+  check_features(grad_output, "grad_output", map, pyramid);
+  check_dtype(grad_output, "grad_output", grad_input.dtype);
+  if (argmax) {
+    check_features(*argmax, "argmax", map, pyramid);
+    check_dtype(*argmax, "argmax", DType::i32);
+  }
+  if (grad_input.numel() == 0) return;
+  prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
+  dispatch_floating(grad_input.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int32_t* indices = argmax ? argmax->ptr<const int32_t>() : nullptr;
+    PZ_FOR_ISA(template unpool<T>)(map, pyramid, grad_output.ptr<const T>(), indices);
+  });
+}
+
+}  // namespace pyzoo
