@@ -21,21 +21,25 @@ inline int max_threads() {
 
 constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool costs as much, on a busy machine far more
 
-// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
-// operations in total. Results must not depend on which thread runs which i.
-template <class F>
-void parallel_for(int64_t n, double work, F&& f) {
+template <bool kEqual, class F>
+void run_parallel(int64_t n, double work, F&& f) {
 #ifdef _OPENMP
   if (n > 1 && work > kWorthAThread && max_threads() > 1) {
     std::exception_ptr error;  // must not leave the parallel region
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; ++i) {
+    const auto call = [&](int64_t i) {
       try {
         f(i);
       } catch (...) {
 #pragma omp critical(pyzoo_parallel_for)
         error = std::current_exception();
       }
+    };
+    if constexpr (kEqual) {
+#pragma omp parallel for schedule(static)
+      for (int64_t i = 0; i < n; ++i) call(i);
+    } else {
+#pragma omp parallel for schedule(dynamic, 1)
+      for (int64_t i = 0; i < n; ++i) call(i);
     }
     if (error) std::rethrow_exception(error);
     return;
@@ -44,18 +48,18 @@ void parallel_for(int64_t n, double work, F&& f) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// The same for equal pieces of work, which do not throw: neighbours go to one thread, the one that torch's own loops over the same
-// memory use, so that it finds in its cache what they left there.
+// Calls f(i) for i in [0, n), in any order, on several threads when the work is worth it. `work` is the rough number of element
+// operations in total. Results must not depend on which thread runs which i.
+template <class F>
+void parallel_for(int64_t n, double work, F&& f) {
+  run_parallel<false>(n, work, f);
+}
+
+// The same for equal pieces of work: neighbours go to one thread, the one that torch's own loops over the same memory use, so that it
+// finds in its cache what they left there.
 template <class F>
 void parallel_for_equal(int64_t n, double work, F&& f) {
-#ifdef _OPENMP
-  if (n > 1 && work > kWorthAThread && max_threads() > 1) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < n; ++i) f(i);
+  run_parallel<true>(n, work, f);
 }
 
 }  // namespace pyzoo
