@@ -81,9 +81,21 @@ def roi_align_bwd_cpu(
     aligned: bool,
     level_map: LevelMap | None,
 ) -> None: ...
-def roi_pool_fwd_cpu(input: Array, rois: Array, output: Array, argmax: Array | None, spatial_scale: float) -> None: ...
+def roi_pool_fwd_cpu(
+    input: Array,
+    rois: Array,
+    output: Array,
+    argmax: Array | None,
+    spatial_scale: float,
+    positions: Array | None = None,
+) -> bool: ...
 def roi_pool_bwd_cpu(
-    grad_output: Array, input: Array, rois: Array, grad_input: Array, spatial_scale: float
+    grad_output: Array,
+    input: Array,
+    rois: Array,
+    grad_input: Array,
+    spatial_scale: float,
+    positions: Array | None = None,
 ) -> None: ...
 def roi_pool_bwd_argmax_cpu(grad_output: Array, rois: Array, argmax: Array, grad_input: Array) -> None: ...
 def spatial_pyramid_pool2d_fwd_cpu(

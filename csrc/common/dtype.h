@@ -6,7 +6,7 @@
 
 namespace pyzoo {
 
-enum class DType : uint8_t { f32, f64, f16, bf16, i32, i64 };
+enum class DType : uint8_t { f32, f64, f16, bf16, i32, i64, u8 };
 
 // Storage of the 16-bit types: arithmetic always happens in float.
 struct Half {
@@ -19,12 +19,12 @@ struct BFloat16 {
 constexpr bool is_floating(DType t) { return t <= DType::bf16; }
 
 constexpr const char* dtype_name(DType t) {
-  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "int32", "int64"};
+  constexpr const char* names[] = {"float32", "float64", "float16", "bfloat16", "int32", "int64", "uint8"};
   return names[static_cast<int>(t)];
 }
 
 constexpr int64_t dtype_size(DType t) {
-  constexpr int64_t sizes[] = {4, 8, 2, 2, 4, 8};
+  constexpr int64_t sizes[] = {4, 8, 2, 2, 4, 8, 1};
   return sizes[static_cast<int>(t)];
 }
 

@@ -24,8 +24,9 @@ inline Tensor tensor_from_dlpack(const dlpack::DLTensor& t) {
   else if (code == dlpack::kBfloat && bits == 16) out.dtype = DType::bf16;
   else if (code == dlpack::kInt && bits == 32) out.dtype = DType::i32;
   else if (code == dlpack::kInt && bits == 64) out.dtype = DType::i64;
+  else if (code == dlpack::kUInt && bits == 8) out.dtype = DType::u8;
   else
-    fail("its element type is none of float32, float64, float16, bfloat16, int32, int64 (DLPack code " + std::to_string(code) + ", " +
+    fail("its element type is none of float32, float64, float16, bfloat16, int32, int64, uint8 (DLPack code " + std::to_string(code) + ", " +
          std::to_string(bits) + " bits)");
   out.device_type = t.device.device_type;
   out.device_id = t.device.device_id;

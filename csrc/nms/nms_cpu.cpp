@@ -29,10 +29,10 @@ bool is_inert(const Box<T>& b) {
   return !(b.x2 > b.x1 && b.y2 > b.y1 && area > 0 && area <= std::numeric_limits<T>::max());
 }
 
-// A few kept boxes, as the vectors of the test want them.
-template <class T>
+// A few kept boxes, as the vectors of the test want them: few where most chunks stay half empty, more where they fill up.
+template <class T, int kBytes>
 struct alignas(64) Chunk {
-  static constexpr int lanes = 32 / sizeof(T);
+  static constexpr int lanes = kBytes / sizeof(T);
   T x1[lanes], y1[lanes], x2[lanes], y2[lanes], area[lanes];
   int32_t size, next;
 };
@@ -52,23 +52,29 @@ Array<T> allocate(int64_t n) {
   return Array<T>(new T[n]);
 }
 
+template <class T>
+using ListChunk = Chunk<T, 64>;
+template <class T>
+using CellChunk = Chunk<T, 32>;
+
 // What the walk over n boxes needs; used again for the next group of boxes.
 template <class T>
 struct WalkMemory {
-  Array<Chunk<T>> list, chunks;
+  Array<ListChunk<T>> list;
+  Array<CellChunk<T>> chunks;
   Array<int32_t> heads;
   uint32_t head_mask = 0;
   int64_t list_capacity = 0, capacity = 0;
 
   void reserve_list(int64_t n) {
     if (n <= list_capacity) return;
-    list = allocate<Chunk<T>>(n / Chunk<T>::lanes + 1);
+    list = allocate<ListChunk<T>>(n / ListChunk<T>::lanes + 1);
     list_capacity = n;
   }
   void reserve_index(int64_t n) {
     for (head_mask = 63; head_mask < 2 * n;) head_mask = 2 * head_mask + 1;
     if (n <= capacity) return;
-    chunks = allocate<Chunk<T>>(n);
+    chunks = allocate<CellChunk<T>>(n);
     heads = allocate<int32_t>(int64_t(head_mask) + 2);
     capacity = n;
   }

@@ -9,13 +9,20 @@ void register_roi_pool(py::module_& m) {
   using namespace py::literals;
   m.def(
       "roi_pool_fwd_cpu",
-      [](const Tensor& input, const Tensor& rois, const Tensor& output, const std::optional<Tensor>& argmax, double spatial_scale) {
+      [](const Tensor& input, const Tensor& rois, const Tensor& output, const std::optional<Tensor>& argmax, double spatial_scale,
+         const std::optional<Tensor>& positions) {
         py::gil_scoped_release release;
-        roi_pool_fwd_cpu(input, rois, output, argmax ? &*argmax : nullptr, spatial_scale);
+        return roi_pool_fwd_cpu(input, rois, output, argmax ? &*argmax : nullptr, positions ? &*positions : nullptr, spatial_scale);
       },
-      "input"_a, "rois"_a, "output"_a, "argmax"_a, "spatial_scale"_a);
-  m.def("roi_pool_bwd_cpu", &roi_pool_bwd_cpu, "grad_output"_a, "input"_a, "rois"_a, "grad_input"_a, "spatial_scale"_a,
-        py::call_guard<py::gil_scoped_release>());
+      "input"_a, "rois"_a, "output"_a, "argmax"_a, "spatial_scale"_a, "positions"_a = py::none());
+  m.def(
+      "roi_pool_bwd_cpu",
+      [](const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, double spatial_scale,
+         const std::optional<Tensor>& positions) {
+        py::gil_scoped_release release;
+        roi_pool_bwd_cpu(grad_output, input, rois, grad_input, positions ? &*positions : nullptr, spatial_scale);
+      },
+      "grad_output"_a, "input"_a, "rois"_a, "grad_input"_a, "spatial_scale"_a, "positions"_a = py::none());
   m.def("roi_pool_bwd_argmax_cpu", &roi_pool_bwd_argmax_cpu, "grad_output"_a, "rois"_a, "argmax"_a, "grad_input"_a,
         py::call_guard<py::gil_scoped_release>());
 }

@@ -13,6 +13,8 @@ namespace pyzoo {
 
 namespace {
 
+constexpr int kMostPositions = 255;  // pixels of a bin whose positions fit a byte, and leave 255 for none
+
 struct Span {
   int32_t begin, end;
 };
@@ -34,6 +36,7 @@ struct BinTable {
   std::vector<Span> spans;  // box after box: bins_y, then bins_x
   std::vector<TouchedPixels> touched;
   double work = 0;
+  int64_t largest_bin = 0;  // in pixels
   BoxOrder order;
 
   BoxBins box(int64_t k) const {
@@ -52,6 +55,12 @@ struct BinTable {
       const BoxBins b = box(k);
       const int32_t y0 = b.y[0].begin, y1 = b.y[bins_y - 1].end, x0 = b.x[0].begin, x1 = b.x[bins_x - 1].end;
       if (y0 < y1 && x0 < x1) touched[0].mark(map, image[k], y0, y1 - 1, x0, x1 - 1);
+      const auto longest = [](const Span* spans, int bins) {
+        int64_t pixels = 0;
+        for (int p = 0; p < bins; ++p) pixels = std::max<int64_t>(pixels, spans[p].end - spans[p].begin);
+        return pixels;
+      };
+      largest_bin = std::max(largest_bin, longest(b.y, bins_y) * longest(b.x, bins_x));
       work += double(pooled.channels) * double(std::max<int64_t>(int64_t(y1 - y0) * (x1 - x0), pooled.bins()));
     }
   }
@@ -79,12 +88,74 @@ struct BinTable {
   }
 };
 
+// The pixels of the bins of a box, bin after bin, row-major, as offsets into a buffer: made once for many channels, so that the kernels
+// have one loop for each bin.
+struct BinPixels {
+  struct Range {
+    int32_t begin, end;
+    int32_t skipped;  // pixels of the bin before the first that is listed
+  };
+  std::vector<Range> bins;
+  std::vector<int64_t> at;
+  std::vector<int32_t> pixel;  // y * width + x
+
+  // Those of the given rows of bins that lie in the given rows of pixels. Pixel (y, x) is at y * row_stride + x * pixel_stride - origin.
+  BinPixels(const BoxBins& box, Span bin_rows, Span rows, int64_t row_stride, int64_t pixel_stride, int64_t origin = 0) {
+    each(box, bin_rows, rows, row_stride, pixel_stride, at, [origin](int64_t offset) { return offset - origin; });
+  }
+  void add_numbers(const BoxBins& box, const FeatureMap& map) {
+    each(box, {0, box.bins_y}, {0, int32_t(map.height)}, map.width, 1, pixel, [](int64_t offset) { return int32_t(offset); });
+  }
+  // Where in the list the pixel of a position in the bin is, -1 if nowhere.
+  static int32_t find(const Range& bin, int32_t position) {
+    const int32_t i = position - bin.skipped;
+    return i >= 0 && i < bin.end - bin.begin ? bin.begin + i : -1;
+  }
+
+ private:
+  template <class Offset, class F>
+  void each(const BoxBins& box, Span bin_rows, Span rows, int64_t row_stride, int64_t pixel_stride, std::vector<Offset>& out, const F& f) {
+    constexpr int kAtOnce = 4;  // written whatever the width, to spare a branch that nothing predicts
+    int64_t height = 0, width = 0;
+    for (int p = bin_rows.begin; p < bin_rows.end; ++p)
+      height += std::max(0, std::min(box.y[p].end, rows.end) - std::max(box.y[p].begin, rows.begin));
+    for (int p = 0; p < box.bins_x; ++p) width += std::max(0, box.x[p].end - box.x[p].begin);
+    out.resize(size_t(height * width + kAtOnce));
+    bins.resize(size_t((bin_rows.end - bin_rows.begin) * box.bins_x));
+    Offset* next = out.data();
+    Range* range = bins.data();
+    for (int py = bin_rows.begin; py < bin_rows.end; ++py) {
+      const int32_t first = std::max(box.y[py].begin, rows.begin), last = std::min(box.y[py].end, rows.end);
+      for (int px = 0; px < box.bins_x; ++px, ++range) {
+        const int32_t begin = box.x[px].begin, columns = std::max(0, box.x[px].end - begin);
+        range->begin = int32_t(next - out.data());
+        for (int32_t row = first; row < last; ++row, next += columns) {
+          const int64_t offset = row * row_stride + begin * pixel_stride;
+          for (int32_t i = 0; i < kAtOnce; ++i) next[i] = f(offset + i * pixel_stride);
+          for (int32_t i = kAtOnce; i < columns; ++i) next[i] = f(offset + i * pixel_stride);
+        }
+        range->end = int32_t(next - out.data());
+        range->skipped = (first - box.y[py].begin) * columns;
+      }
+    }
+  }
+};
+
 }  // namespace
 
 #define PZ_KERNEL "roi_pool/roi_pool_cpu.inc"
 #include "common/foreach_isa.h"
 
 namespace {
+
+void check_positions(const Tensor& t, const Pooled& pooled) {
+  check_tensor(t, "positions", 3);
+  check_dtype(t, "positions", DType::u8);
+  const int64_t bins = pooled.bins(), channels = pooled.channels;
+  check(t.shape[0] == pooled.rois && t.shape[1] == bins && t.shape[2] == channels &&
+            (t.numel() == 0 || (t.stride[2] == 1 && t.stride[1] == channels && t.stride[0] == bins * channels)),
+        "positions must be contiguous [K, PH * PW, C], got " + t.shape_string());
+}
 
 // Calls f with zeros of the features' type and of the geometry's: double as soon as the boxes or the features are.
 template <class F>
@@ -100,7 +171,8 @@ void dispatch(DType features, DType boxes, F&& f) {
 
 }  // namespace
 
-void roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& output, const Tensor* argmax, double spatial_scale) {
+bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& output, const Tensor* argmax, const Tensor* positions,
+                      double spatial_scale) {
   const FeatureMap map(input, "input");
   const Pooled pooled(output, "output");
   pooled.check_written("output");
@@ -115,17 +187,30 @@ void roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
     check(std::equal(output.shape, output.shape + 4, argmax->shape) && std::equal(output.stride, output.stride + 4, argmax->stride),
           "argmax must have the shape and layout of output");
   }
+  if (positions) check_positions(*positions, pooled);
   const std::vector<int32_t> image = boxes.images(map.images);
-  if (output.numel() == 0) return;
+  if (output.numel() == 0) return true;
   prefer_huge_pages(output.data, output.numel() * dtype_size(output.dtype));
   if (argmax) prefer_huge_pages(argmax->data, argmax->numel() * dtype_size(argmax->dtype));
+  bool has_positions = true;
   dispatch(input.dtype, rois.dtype, [&](auto zero, auto g) {
+    using T = decltype(zero);
+    const std::vector<FeatureMap> maps{map};
     const BinTable table(g, boxes, image, spatial_scale, pooled, map);
-    PZ_FOR_ISA(template roi_pool_fwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, image, pooled, indices.get());
+    has_positions = table.largest_bin <= kMostPositions;
+    if (argmax) {
+      PZ_FOR_ISA(template roi_pool_fwd<T>)(maps, table, image, pooled, argmax->ptr<int32_t>());
+    } else if (positions && has_positions) {
+      PZ_FOR_ISA(template roi_pool_fwd<T>)(maps, table, image, pooled, positions->ptr<uint8_t>());
+    } else {
+      PZ_FOR_ISA(template roi_pool_fwd<T>)(maps, table, image, pooled, static_cast<void*>(nullptr));
+    }
   });
+  return has_positions;
 }
 
-void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, double spatial_scale) {
+void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input,
+                      const Tensor* positions, double spatial_scale) {
   const FeatureMap map(input, "input"), grad_map(grad_input, "grad_input");
   const Pooled grad(grad_output, "grad_output");
   const Rois boxes(rois);
@@ -136,11 +221,14 @@ void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tens
         "grad_input must have the shape of input, got " + grad_input.shape_string());
   check(grad.rois == boxes.count() && grad.channels == map.channels,
         "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
+  if (positions) check_positions(*positions, grad);
   const std::vector<int32_t> image = boxes.images(map.images);
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch(input.dtype, rois.dtype, [&](auto zero, auto g) {
     const BinTable table(g, boxes, image, spatial_scale, grad, map);
-    PZ_FOR_ISA(template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, grad, std::vector<FeatureMap>{grad_map});
+    const uint8_t* stored = positions ? positions->ptr<uint8_t>() : nullptr;
+    check(!stored || table.largest_bin <= kMostPositions, "positions: a bin has too many pixels for them");
+    PZ_FOR_ISA(template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, grad, std::vector<FeatureMap>{grad_map}, stored);
   });
 }
 

@@ -74,6 +74,16 @@ def _reference_of_each(reference, args, iou_threshold: float, max_output: int):
 
 
 def _check(op, boxes, scores, iou_threshold, *, batched=False):
+    size = boxes.shape
+    if (
+        len(size) == 2
+        and size[1] == 4
+        and scores.shape == size[:1]
+        and boxes.dtype is scores.dtype is torch.float32
+        and boxes.device == scores.device
+        and iou_threshold == iou_threshold
+    ):
+        return  # what nearly every call is, said sooner
     if boxes.dim() not in ((2, 3) if batched else (2,)) or boxes.shape[-1] != 4:
         allowed = "[N, 4] or [B, N, 4]" if batched else "[N, 4] ([B, N, 4] needs max_output)"
         raise ValueError(f"{op}: boxes must have shape {allowed}, got {list(boxes.shape)}")
@@ -99,15 +109,19 @@ def _check_max_output(op, max_output):
         raise ValueError(f"{op}: max_output must not be negative, got {max_output}")
 
 
+def _detached(x):
+    return x.detach() if x.requires_grad else x
+
+
 def _kept(boxes, scores, idxs, iou_threshold, shift_classes):
-    keep = torch.empty(boxes.shape[0], dtype=torch.int64, device=boxes.device)
-    count = C.nms_cpu(boxes.detach(), scores.detach(), idxs, iou_threshold, keep, shift_classes)
+    keep = boxes.new_empty(boxes.shape[0], dtype=torch.int64)
+    count = C.nms_cpu(_detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
     return keep.resize_(count)
 
 
 def _kept_padded(boxes, scores, idxs, iou_threshold, max_output, shift_classes):
     keep = torch.empty((*boxes.shape[:-2], max_output), dtype=torch.int64, device=boxes.device)
-    count = C.nms_cpu(boxes.detach(), scores.detach(), idxs, iou_threshold, keep, shift_classes)
+    count = C.nms_cpu(_detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
     return keep, torch.tensor(count, dtype=torch.int64, device=boxes.device)
 
 
@@ -204,8 +218,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_output: int 
     common.check_tensor("nms", "boxes", boxes)
     common.check_tensor("nms", "scores", scores)
     if max_output is None:
-        return _nms.op(boxes, scores, iou_threshold)
-    return _nms_padded.op(boxes, scores, iou_threshold, max_output)
+        return _nms(boxes, scores, iou_threshold)
+    return _nms_padded(boxes, scores, iou_threshold, max_output)
 
 
 # -------------------------------------------------------------------------------------------------------- batched_nms
@@ -296,5 +310,5 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     common.check_tensor("batched_nms", "scores", scores)
     common.check_tensor("batched_nms", "idxs", idxs)
     if max_output is None:
-        return _batched_nms.op(boxes, scores, idxs, iou_threshold)
-    return _batched_nms_padded.op(boxes, scores, idxs, iou_threshold, max_output)
+        return _batched_nms(boxes, scores, idxs, iou_threshold)
+    return _batched_nms_padded(boxes, scores, idxs, iou_threshold, max_output)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyzoo._ext import C
 from pyzoo.ops import _common as common
-from pyzoo.ops._common import Function, Operator
+from pyzoo.ops._common import Function, Operator, _is_plain
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -136,21 +136,21 @@ _roi_pool_argmax = Operator(
 )
 
 
-def _backward_fake(grad_output, boxes, input, spatial_scale):
+def _backward_fake(grad_output, boxes, input, positions, spatial_scale):
     common.check_features_and_boxes("_roi_pool_backward", "input", input, boxes)
     common.check_grad_output("_roi_pool_backward", grad_output, boxes, input.shape[1], *grad_output.shape[2:])
     return common.empty(input.shape, input, common.prefers_channels_last(input))
 
 
-def _backward_cpu(grad_output, boxes, input, spatial_scale):
-    grad_input = _backward_fake(grad_output, boxes, input, spatial_scale)
-    C.roi_pool_bwd_cpu(grad_output, input, boxes, grad_input, spatial_scale)
+def _backward_cpu(grad_output, boxes, input, positions, spatial_scale):
+    grad_input = _backward_fake(grad_output, boxes, input, positions, spatial_scale)
+    C.roi_pool_bwd_cpu(grad_output, input, boxes, grad_input, spatial_scale, positions)
     return grad_input
 
 
-def _backward_vmap(info, in_dims, grad_output, boxes, input, spatial_scale):
+def _backward_vmap(info, in_dims, grad_output, boxes, input, positions, spatial_scale):
     def call(tensors, boxes, *_):
-        return _roi_pool_backward.op(tensors[0], boxes, tensors[1], spatial_scale)
+        return _roi_pool_backward.op(tensors[0], boxes, tensors[1], None, spatial_scale)
 
     grad_dim, boxes_dim, input_dim = in_dims[:3]
     images, channels = (input.shape if input_dim is None else input.movedim(input_dim, 0).shape[1:])[:2]
@@ -159,15 +159,24 @@ def _backward_vmap(info, in_dims, grad_output, boxes, input, spatial_scale):
     )
 
 
-# Looks for the maxima again: that is faster than to write and read their positions, which would also be K * C * bins
-# integers to keep, while the features are kept by their producer anyway.
+# positions, from _pool_with_positions, spare the search for the maxima; None: they are looked for again.
 _roi_pool_backward = Operator(
-    "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor input, float spatial_scale) -> Tensor",
+    "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor input, Tensor? positions, float spatial_scale)"
+    " -> Tensor",
     cpu=_backward_cpu,
     fake=_backward_fake,
     vmap=_backward_vmap,
     constant=["boxes", "input"],
 )
+
+
+def _pool_with_positions(input, boxes, spatial_scale, pooled_height, pooled_width):
+    """The pooled tensor and where in its bin each maximum is: a byte each, so a quarter of the size of float32
+    features. None for bins of more than 255 pixels."""
+    output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
+    positions = input.new_empty((boxes.shape[0], pooled_height * pooled_width, input.shape[1]), dtype=torch.uint8)
+    fit = C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale, positions)
+    return output, positions if fit else None
 
 
 def _values_at_maxima(x: Tensor, input: Tensor, boxes: Tensor, spatial_scale: float, *pooled_size: int) -> Tensor:
@@ -182,37 +191,42 @@ def _values_at_maxima(x: Tensor, input: Tensor, boxes: Tensor, spatial_scale: fl
 class _RoIPool(Function):
     @staticmethod
     def forward(ctx, input, boxes, *pooling):
-        ctx.save_for_backward(input, boxes)
-        ctx.save_for_forward(input, boxes)
         ctx.pooling = pooling
-        return _roi_pool.below_autograd(input, boxes, *pooling)
+        ctx.save_for_forward(input, boxes)
+        if _is_plain((input, boxes)):
+            output, positions = _pool_with_positions(input, boxes, *pooling)
+        else:
+            output, positions = _roi_pool.below_autograd(input, boxes, *pooling), None
+        ctx.save_for_backward(input, boxes, positions)
+        return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        input, boxes = ctx.saved_tensors
-        return _roi_pool_backward(grad_output, boxes, input, ctx.pooling[0]), *[None] * (1 + len(ctx.pooling))
+        input, boxes, positions = ctx.saved_tensors
+        grad = _roi_pool_backward(grad_output, boxes, input, positions, ctx.pooling[0])
+        return grad, *[None] * (1 + len(ctx.pooling))
 
     @staticmethod
     def jvp(ctx, input_tangent, *_):
-        return None if input_tangent is None else _values_at_maxima(input_tangent, *ctx.saved_tensors, *ctx.pooling)
+        return None if input_tangent is None else _values_at_maxima(input_tangent, *ctx.saved_tensors[:2], *ctx.pooling)
 
 
 class _RoIPoolBackward(Function):
     @staticmethod
-    def forward(ctx, grad_output, boxes, input, spatial_scale):
+    def forward(ctx, grad_output, boxes, input, positions, spatial_scale):
         ctx.save_for_backward(input, boxes)
         ctx.save_for_forward(input, boxes)
         ctx.pooling = (spatial_scale, *grad_output.shape[2:])
-        return _roi_pool_backward.below_autograd(grad_output, boxes, input, spatial_scale)
+        return _roi_pool_backward.below_autograd(grad_output, boxes, input, positions, spatial_scale)
 
     @staticmethod
     def backward(ctx, grad_grad_input):
-        return _values_at_maxima(grad_grad_input, *ctx.saved_tensors, *ctx.pooling), None, None, None
+        return _values_at_maxima(grad_grad_input, *ctx.saved_tensors, *ctx.pooling), None, None, None, None
 
     @staticmethod
     def jvp(ctx, grad_tangent, *_):
         input, boxes = ctx.saved_tensors
-        return None if grad_tangent is None else _roi_pool_backward(grad_tangent, boxes, input, ctx.pooling[0])
+        return None if grad_tangent is None else _roi_pool_backward(grad_tangent, boxes, input, None, ctx.pooling[0])
 
 
 _roi_pool.differentiate(_RoIPool)
