@@ -7,33 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "tensor.h"
 
 namespace pyzoo {
-
-// Scratch memory for vectors: begins at a cache line, since a vector that straddles two costs twice as much to read and more to write.
-// Not initialised.
-template <class T>
-struct LineAllocator {
-  using value_type = T;
-  LineAllocator() = default;
-  template <class U>
-  LineAllocator(const LineAllocator<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  template <class U>
-  void construct(U* p) {
-    ::new (static_cast<void*>(p)) U;
-  }
-  template <class U, class... Args>
-  void construct(U* p, Args&&... args) {
-    ::new (static_cast<void*>(p)) U(std::forward<Args>(args)...);
-  }
-  bool operator==(const LineAllocator&) const { return true; }
-  bool operator!=(const LineAllocator&) const { return false; }
-};
-template <class T>
-using Scratch = std::vector<T, LineAllocator<T>>;
 
 // Some exporters put any stride on an axis of one element. Afterwards pixel p = y * width + x lies at p * pixel_stride whenever that
 // is so for the pixels there are.

@@ -47,26 +47,6 @@ struct Matrices {
   }
 };
 
-// Memory for n numbers that begins with a cache line: vectors that cross lines halve the speed of a tile.
-template <class A>
-class Scratch {
- public:
-  A* get(int64_t n) {
-    constexpr uintptr_t kLine = 64;
-    if (n > size_) {
-      memory_.reset();
-      memory_.reset(new A[size_t(n) + kLine / sizeof(A)]);
-      prefer_huge_pages(memory_.get(), n * int64_t(sizeof(A)));
-      size_ = n;
-    }
-    return reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(memory_.get()) + kLine - 1) & ~(kLine - 1));
-  }
-
- private:
-  std::unique_ptr<A[]> memory_;
-  int64_t size_ = 0;
-};
-
 // The positions are summed up in chunks, each on its own, then the sums of the chunks: so the bits depend on the shape alone. Chunks of
 // at least as many positions as channels, so that their sums take less memory than the features.
 int64_t chunk_length(int64_t channels, int64_t positions) {
