@@ -170,16 +170,17 @@ void sort_keys(Keyed<K>* items, int64_t n) {
   if (n < 128) return std::sort(items, items + n);
   K varying = 0;
   for (int64_t i = 0; i < n; ++i) varying |= items[i].key ^ items[0].key;
-  const int bits = n < 4096 ? 8 : 11;
+  const int bits = n < 4096 ? 8 : 11, rounds = (int(8 * sizeof(K)) + bits - 1) / bits;
   const uint32_t buckets = 1u << bits;
   const Array<Keyed<K>> spare = allocate<Keyed<K>>(n);
   Keyed<K>*from = items, *to = spare.get();
-  uint32_t begin[1 << 11];
-  for (int shift = 0; shift < int(8 * sizeof(K)); shift += bits) {
+  std::vector<uint32_t> begins(size_t(rounds) * buckets);  // of all rounds, counted in one walk
+  for (int64_t i = 0; i < n; ++i)
+    for (int round = 0; round < rounds; ++round) ++begins[round * buckets + (items[i].key >> round * bits & (buckets - 1))];
+  for (int round = 0; round < rounds; ++round) {
+    const int shift = round * bits;
     if (!(varying >> shift & (buckets - 1))) continue;
-    std::fill(begin, begin + buckets, 0);
-    for (int64_t i = 0; i < n; ++i) ++begin[from[i].key >> shift & (buckets - 1)];
-    uint32_t sum = 0;
+    uint32_t *begin = begins.data() + round * buckets, sum = 0;
     for (uint32_t b = 0; b < buckets; ++b) sum += std::exchange(begin[b], sum);
     for (int64_t i = 0; i < n; ++i) to[begin[from[i].key >> shift & (buckets - 1)]++] = from[i];
     std::swap(from, to);
@@ -269,14 +270,31 @@ class Nms {
 
   // Brings the boxes of one class together, in score order, and returns where each class lies.
   std::vector<Group> group(int64_t b) {
-    const int64_t* idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b);
-    const Array<Keyed<uint64_t>> items = allocate<Keyed<uint64_t>>(n_);
+    constexpr uint64_t kFewClasses = 4096;
+    const int64_t *idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b), stride = idxs_->stride[dim_];
     const uint32_t* order = order_.get() + b * n_;
-    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order[i] * idxs_->stride[dim_]]), uint32_t(i)};
-    sort_keys(items.get(), n_);
+    uint32_t* rank = rank_.get() + b * n_;
     std::vector<Group> groups;
+    if (n_ == 0) return groups;
+    int64_t least = idxs[0], most = idxs[0];
+    for (int64_t i = 0; i < n_; ++i) least = std::min(least, idxs[i * stride]), most = std::max(most, idxs[i * stride]);
+    if (const uint64_t range = uint64_t(most) - uint64_t(least); range < kFewClasses) {
+      const Array<uint16_t> classes = allocate<uint16_t>(n_);
+      std::vector<uint32_t> begin(range + 1);
+      for (int64_t i = 0; i < n_; ++i) ++begin[classes[i] = uint16_t(idxs[order[i] * stride] - least)];
+      uint32_t sum = 0;
+      for (uint32_t& count : begin) {
+        if (count > 0) groups.push_back({b * n_ + sum, b * n_ + sum + count});
+        sum += std::exchange(count, sum);
+      }
+      for (int64_t i = 0; i < n_; ++i) rank[begin[classes[i]]++] = uint32_t(i);
+      return groups;
+    }
+    const Array<Keyed<uint64_t>> items = allocate<Keyed<uint64_t>>(n_);
+    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order[i] * stride]), uint32_t(i)};
+    sort_keys(items.get(), n_);
     for (int64_t i = 0; i < n_; ++i) {
-      rank_[b * n_ + i] = items[i].index;
+      rank[i] = items[i].index;
       if (i == 0 || items[i].key != items[i - 1].key) groups.push_back({b * n_ + i, 0});
       groups.back().end = b * n_ + i + 1;
     }

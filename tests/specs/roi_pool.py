@@ -28,6 +28,9 @@ def samples(dtype, memory_format):
     yield Sample("all_minus_inf", (torch.full_like(x, -inputs.INF, dtype=dtype), boxes, (3, 4)))
     huge = torch.tensor([[0, 0, 2, 1e9, 9], [0, 3e8, 3e8, 4e8, 4e8]]).to(inputs.boxes_dtype(dtype))
     yield Sample("huge", (x.to(dtype), huge, 2))
+    # Bins of more pixels than a byte can number.
+    large = inputs.features(1, 5, 33, 40, dtype=dtype, memory_format=memory_format)
+    yield Sample("large_bins", (large, torch.tensor([[0, 1, 1, 38, 31], [0, 9, 3, 12, 8.0]]).to(huge.dtype), (1, 2)))
     beyond = torch.tensor([[0, 0, 2, 3e9, 9], [1, -1e30, 2, 1e30, 9]]).to(inputs.boxes_dtype(dtype))
     yield Sample("beyond_int32", (x.to(dtype), beyond, 2), peer=False)
 
