@@ -29,3 +29,11 @@ void set_isa(const std::string& name);      // "" : back to the best; throws std
 #else
 #define PZ_FOR_ISA(...) [&](auto&&... args) -> decltype(auto) { return baseline::__VA_ARGS__(args...); }
 #endif
+
+// The same for kernels of `type`. float64 is there to check gradients and results: it runs on the baseline alone, which saves a fifth of
+// the binary and of the time to build it.
+#define PZ_FOR_ISA_OF(type, ...)                                                         \
+  [&](auto&&... args) -> decltype(auto) {                                                \
+    if constexpr (sizeof(type) == sizeof(double)) return baseline::__VA_ARGS__(args...); \
+    else return PZ_FOR_ISA(__VA_ARGS__)(args...);                                        \
+  }

@@ -26,8 +26,8 @@ inline Tensor tensor_from_dlpack(const dlpack::DLTensor& t) {
   else if (code == dlpack::kInt && bits == 64) out.dtype = DType::i64;
   else if (code == dlpack::kUInt && bits == 8) out.dtype = DType::u8;
   else
-    fail("its element type is none of float32, float64, float16, bfloat16, int32, int64, uint8 (DLPack code " + std::to_string(code) + ", " +
-         std::to_string(bits) + " bits)");
+    fail("its element type is none of float32, float64, float16, bfloat16, int32, int64, uint8 (DLPack code " + std::to_string(code) +
+         ", " + std::to_string(bits) + " bits)");
   out.device_type = t.device.device_type;
   out.device_id = t.device.device_id;
   out.ndim = t.ndim;

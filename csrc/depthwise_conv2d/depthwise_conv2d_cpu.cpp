@@ -147,7 +147,7 @@ void gather(const FeatureMap& from, const Tensor& weight, const Tensor* bias, co
   prefer_huge_pages(to.data, bytes);
   dispatch_floating(to.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template gather_all<T>)(how, from, weight.ptr<const T>(), bias ? bias->ptr<const T>() : nullptr, to);
+    PZ_FOR_ISA_OF(T, template gather_all<T>)(how, from, weight.ptr<const T>(), bias ? bias->ptr<const T>() : nullptr, to);
   });
 }
 
@@ -195,7 +195,7 @@ void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& in
                    forward_axis(from.width, grad.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, Activation::none};
   dispatch_floating(from.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template weight_gradient<T>)(how, from, grad, grad_weight.ptr<T>());
+    PZ_FOR_ISA_OF(T, template weight_gradient<T>)(how, from, grad, grad_weight.ptr<T>());
   });
 }
 

@@ -80,7 +80,7 @@ void gram_matrix_fwd_cpu(const Tensor& features, const Tensor& gram, bool normal
   if (gram.numel() == 0) return;
   dispatch_floating(features.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template gram_matrix_fwd<T>)(map, gram.ptr<T>(), gram_scale(map, normalize));
+    PZ_FOR_ISA_OF(T, template gram_matrix_fwd<T>)(map, gram.ptr<T>(), gram_scale(map, normalize));
   });
 }
 
@@ -95,7 +95,7 @@ void gram_matrix_bwd_cpu(const Tensor& grad_gram, const Tensor& features, const 
   if (features.numel() == 0) return;
   prefer_huge_pages(grad.data, grad_features.numel() * dtype_size(grad.dtype));
   dispatch_floating(features.dtype, [&](auto zero) {
-    PZ_FOR_ISA(template gram_matrix_bwd<decltype(zero)>)(matrices, map, grad, gram_scale(map, normalize));
+    PZ_FOR_ISA_OF(decltype(zero), template gram_matrix_bwd<decltype(zero)>)(matrices, map, grad, gram_scale(map, normalize));
   });
 }
 
@@ -113,7 +113,7 @@ void gram_loss_fwd_cpu(const Tensor& features, const Tensor& target, const Tenso
     using A = acc_t<T>;
     double total = 0;
     if (difference.numel() > 0) {
-      PZ_FOR_ISA(template gram_matrix_fwd<T>)(map, difference.ptr<A>(), gram_scale(map, normalize));
+      PZ_FOR_ISA_OF(T, template gram_matrix_fwd<T>)(map, difference.ptr<A>(), gram_scale(map, normalize));
       total = PZ_FOR_ISA(subtract_target)(targets, difference.ptr<A>(), map.images);
     }
     *loss.ptr<A>() = A(total / std::max(1.0, double(difference.numel())));

@@ -201,7 +201,7 @@ void multiply(const FeatureMap& source, const Tensor& weight, const Tensor* bias
   prefer_huge_pages(result.data, size * dtype_size(result.dtype));
   dispatch_floating(source.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template masked_conv2d<T>)(source, weight.ptr<T>(), bias ? bias->ptr<T>() : nullptr, result, product);
+    PZ_FOR_ISA_OF(T, template masked_conv2d<T>)(source, weight.ptr<T>(), bias ? bias->ptr<T>() : nullptr, result, product);
   });
 }
 
@@ -237,7 +237,7 @@ void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input
   }
   dispatch_floating(in.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template masked_conv2d_weight<T>)(grad, in, grad_weight.ptr<T>(), Product(taps, true));
+    PZ_FOR_ISA_OF(T, template masked_conv2d_weight<T>)(grad, in, grad_weight.ptr<T>(), Product(taps, true));
   });
 }
 
@@ -249,7 +249,7 @@ void masked_conv2d_bwd_bias_cpu(const Tensor& grad_output, const Tensor& grad_bi
   check(grad_bias.ndim == 1 && grad_bias.shape[0] == grad.channels, "grad_bias must have shape [C], got " + grad_bias.shape_string());
   dispatch_floating(grad.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template masked_conv2d_bias<T>)(grad, grad_bias.ptr<T>());
+    PZ_FOR_ISA_OF(T, template masked_conv2d_bias<T>)(grad, grad_bias.ptr<T>());
   });
 }
 

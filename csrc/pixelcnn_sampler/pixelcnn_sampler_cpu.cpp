@@ -119,7 +119,7 @@ void pixelcnn_sample_cpu(const std::vector<PixelCNNLayer>& layers, const PixelCN
   const int64_t threads = max_threads(), rounds = (io.images + threads * kMostImages - 1) / (threads * kMostImages);
   const int64_t chunk = (io.images + threads * rounds - 1) / (threads * rounds);
   if (dtype == DType::f64) {
-    PZ_FOR_ISA(template pixelcnn_sample<double>)(layers, head, io, chunk);
+    baseline::pixelcnn_sample<double>(layers, head, io, chunk);
   } else {
     PZ_FOR_ISA(template pixelcnn_sample<float>)(layers, head, io, chunk);
   }

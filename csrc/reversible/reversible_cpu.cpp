@@ -107,7 +107,7 @@ Coupling checked(const Tensor& base, const char* base_name, const Tensor& update
 template <bool kMinus>
 void couple_range(const Coupling& c, int64_t begin, int64_t end) {
   if (c.half == DType::f64) {
-    PZ_FOR_ISA(template couple_range<kMinus, double, double>)(c, begin, end);
+    baseline::couple_range<kMinus, double, double>(c, begin, end);
   } else if (c.update_type == DType::f16) {
     PZ_FOR_ISA(template couple_range<kMinus, float, Half>)(c, begin, end);
   } else if (c.update_type == DType::bf16) {

@@ -73,7 +73,7 @@ void roi_align_fwd_cpu(const std::vector<Tensor>& inputs, const Tensor& rois, co
       if (const auto& roi = table.rois[k]; !roi.empty())
         touched[table.level[k]].mark(maps[table.level[k]], image[k], roi.y.first, roi.y.last, roi.x.first, roi.x.last);
     prefer_huge_pages(output.data, output.numel() * int64_t(sizeof(T)));
-    PZ_FOR_ISA(template roi_align_fwd<T>)(maps, touched, table, image, order_boxes(table, image, maps), pooled);
+    PZ_FOR_ISA_OF(T, template roi_align_fwd<T>)(maps, touched, table, image, order_boxes(table, image, maps), pooled);
   });
 }
 
@@ -88,7 +88,7 @@ void roi_align_bwd_cpu(const Tensor& grad_output, const Tensor& rois, const std:
     using T = decltype(zero);
     const auto table = make_taps<acc_t<T>>(boxes, maps, grad, scales, sampling_ratio, aligned, level_map, true);
     for (const Tensor& t : grad_inputs) prefer_huge_pages(t.data, t.numel() * int64_t(sizeof(T)));
-    PZ_FOR_ISA(template roi_align_bwd<T>)(maps, table, order_boxes(table, image, maps), grad);
+    PZ_FOR_ISA_OF(T, template roi_align_bwd<T>)(maps, table, order_boxes(table, image, maps), grad);
   });
 }
 

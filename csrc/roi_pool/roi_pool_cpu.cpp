@@ -199,18 +199,18 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
     const BinTable table(g, boxes, image, spatial_scale, pooled, map);
     has_positions = table.largest_bin <= kMostPositions;
     if (argmax) {
-      PZ_FOR_ISA(template roi_pool_fwd<T>)(maps, table, image, pooled, argmax->ptr<int32_t>());
+      PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, argmax->ptr<int32_t>());
     } else if (positions && has_positions) {
-      PZ_FOR_ISA(template roi_pool_fwd<T>)(maps, table, image, pooled, positions->ptr<uint8_t>());
+      PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, positions->ptr<uint8_t>());
     } else {
-      PZ_FOR_ISA(template roi_pool_fwd<T>)(maps, table, image, pooled, static_cast<void*>(nullptr));
+      PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, static_cast<void*>(nullptr));
     }
   });
   return has_positions;
 }
 
-void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input,
-                      const Tensor* positions, double spatial_scale) {
+void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
+                      double spatial_scale) {
   const FeatureMap map(input, "input"), grad_map(grad_input, "grad_input");
   const Pooled grad(grad_output, "grad_output");
   const Rois boxes(rois);
@@ -228,7 +228,8 @@ void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tens
     const BinTable table(g, boxes, image, spatial_scale, grad, map);
     const uint8_t* stored = positions ? positions->ptr<uint8_t>() : nullptr;
     check(!stored || table.largest_bin <= kMostPositions, "positions: a bin has too many pixels for them");
-    PZ_FOR_ISA(template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, grad, std::vector<FeatureMap>{grad_map}, stored);
+    PZ_FOR_ISA_OF(decltype(zero), template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, grad,
+                                                                         std::vector<FeatureMap>{grad_map}, stored);
   });
 }
 
@@ -245,8 +246,9 @@ void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, cons
         "argmax must have the shape of grad_output, got " + argmax.shape_string());
   const BoxOrder order(boxes.images(map.images), map.images, [](int64_t) { return std::pair{0, 0}; });
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
-  dispatch_floating(grad_input.dtype,
-                    [&](auto zero) { PZ_FOR_ISA(template roi_pool_bwd_argmax<decltype(zero)>)(map, order, grad, index); });
+  dispatch_floating(grad_input.dtype, [&](auto zero) {
+    PZ_FOR_ISA_OF(decltype(zero), template roi_pool_bwd_argmax<decltype(zero)>)(map, order, grad, index);
+  });
 }
 
 }  // namespace pyzoo

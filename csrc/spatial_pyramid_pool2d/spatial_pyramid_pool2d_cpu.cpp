@@ -204,7 +204,7 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
   dispatch_floating(input.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA(template pool<T>)(map, pyramid, plan, mode, output.ptr<T>(), indices);
+    PZ_FOR_ISA_OF(T, template pool<T>)(map, pyramid, plan, mode, output.ptr<T>(), indices);
   });
 }
 
@@ -224,7 +224,7 @@ void spatial_pyramid_pool2d_bwd_cpu(const Tensor& grad_output, const Tensor* arg
   dispatch_floating(grad_input.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int32_t* indices = argmax ? argmax->ptr<const int32_t>() : nullptr;
-    PZ_FOR_ISA(template unpool<T>)(map, pyramid, grad_output.ptr<const T>(), indices);
+    PZ_FOR_ISA_OF(T, template unpool<T>)(map, pyramid, grad_output.ptr<const T>(), indices);
   });
 }
 
