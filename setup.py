@@ -79,7 +79,9 @@ class NinjaBuild(build_ext):
         flags = [*FLAGS, *openmp, f"-DPYZOO_VERSION={VERSION}", f"-I{ROOT / 'csrc'}", f"-isystem{link}"]
         flags += [f"-isystem{sysconfig.get_path('include')}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         shared = (
-            ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed,--strip-all"]
+            ["-undefined", "dynamic_lookup", "-bundle"]
+            if sys.platform == "darwin"
+            else ["-shared", "-Wl,--as-needed,--strip-all"]
         )
         libraries = [*openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
