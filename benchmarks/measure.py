@@ -38,8 +38,8 @@ class Budget:
     min_sample: float = 1e-3  # a sample of a faster call repeats it for this many seconds, above the timer's noise
 
 
-FULL = Budget(seconds=6.0, max_pairs=15)
-QUICK = Budget(seconds=1.0, max_pairs=7)
+FULL = Budget(seconds=1.2, max_pairs=15)
+QUICK = Budget(seconds=0.5, max_pairs=7)
 
 
 @dataclass(frozen=True)
