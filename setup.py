@@ -79,10 +79,10 @@ class NinjaBuild(build_ext):
         flags = [*FLAGS, *openmp, f"-DPYZOO_VERSION={VERSION}", f"-I{ROOT / 'csrc'}", f"-isystem{link}"]
         flags += [f"-isystem{sysconfig.get_path('include')}", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         shared = (
-            ["-undefined", "dynamic_lookup", "-bundle"]
-            if sys.platform == "darwin"
-            else ["-shared", "-Wl,--as-needed,--strip-all"]
+            ["-undefined", "dynamic_lookup", "-bundle"] if sys.platform == "darwin" else ["-shared", "-Wl,--as-needed"]
         )
+        if sys.platform != "darwin" and not any(flag.startswith("-g") for flag in flags):
+            shared.append("-Wl,--strip-all")
         libraries = [*openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
         kernels = sorted((ROOT / "csrc").glob("**/*.cpp"))
