@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 
 import pytest
@@ -696,8 +697,7 @@ def ddp_worker(rank, folder):
     if rank == 0:
         torch.save([p.grad for p in stack.parameters()], f"{folder}/grads")
     dist.barrier()
-    del model
-    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads abort the process now and then while it takes them down
 
 
 def test_distributed_data_parallel(tmp_path):
