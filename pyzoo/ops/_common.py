@@ -184,6 +184,23 @@ def _is_castable(x: Tensor | None) -> bool:
     return x is not None and x.is_floating_point() and x.dtype != torch.float64
 
 
+# -------------------------------------------------------------------------------------------------------- derivatives
+
+
+def add_up(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms there are."""
+    terms = [term for term in terms if term is not None]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def bilinear_jvp(operator: Callable, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None, *rest):
+    """The derivative of ``operator(x, y, *rest)``, linear in x and in y, along (dx, dy), each of which may be None."""
+    return add_up(
+        None if dx is None else operator(dx, y, *rest),
+        None if dy is None else operator(x, dy, *rest),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- checks
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -50,14 +50,7 @@ def depthwise_conv2d_reference(
 
 
 def _pair(name: str, value, least: int) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value, value)
-    if len(values) == 1:
-        values *= 2
-    for v in values:
-        if not isinstance(v, (int, torch.SymInt)) and not hasattr(v, "__index__"):
-            raise TypeError(f"depthwise_conv2d: {name} must be an int or two ints, got {value!r}")
-    if len(values) != 2:
-        raise ValueError(f"depthwise_conv2d: {name} must be an int or two ints, got {len(values)} values")
+    values = common.pair("depthwise_conv2d", value, name)
     if min(values) < least:
         raise ValueError(f"depthwise_conv2d: {name} must be at least {least}, got {value}")
     return values
@@ -296,11 +289,6 @@ def _grad_weight(grad_output, input, like, geometry):
     return _depthwise_conv2d_grad_weight(grad_output, input, like.shape[2:], *geometry)
 
 
-def _sum(*terms):
-    terms = [term for term in terms if term is not None]
-    return sum(terms[1:], terms[0]) if terms else None
-
-
 def _where_active(x: Tensor, output: Tensor | None, activation: int) -> Tensor:
     """``x`` where the activation lets a change through, else 0."""
     if activation == 0:
@@ -335,10 +323,7 @@ class _DepthwiseConv2d(Function):
     @staticmethod
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
         input, weight, output = ctx.saved_tensors
-        tangent = _sum(
-            None if input_tangent is None else _convolve(input_tangent, weight, ctx.geometry),
-            None if weight_tangent is None else _convolve(input, weight_tangent, ctx.geometry),
-        )
+        tangent = common.bilinear_jvp(_convolve, input, weight, input_tangent, weight_tangent, ctx.geometry)
         if bias_tangent is not None:
             bias_tangent = bias_tangent[:, None, None]
             tangent = bias_tangent.expand(ctx.output_shape) if tangent is None else tangent + bias_tangent
@@ -365,11 +350,8 @@ class _DepthwiseConv2dGradInput(Function):
 
     @staticmethod
     def jvp(ctx, grad_tangent, weight_tangent, *_):
-        grad_output, weight = ctx.saved_tensors
-        return _sum(
-            None if grad_tangent is None else _depthwise_conv2d_grad_input(grad_tangent, weight, *ctx.rest),
-            None if weight_tangent is None else _depthwise_conv2d_grad_input(grad_output, weight_tangent, *ctx.rest),
-        )
+        tangents = grad_tangent, weight_tangent
+        return common.bilinear_jvp(_depthwise_conv2d_grad_input, *ctx.saved_tensors, *tangents, *ctx.rest)
 
 
 class _DepthwiseConv2dGradWeight(Function):
@@ -391,11 +373,8 @@ class _DepthwiseConv2dGradWeight(Function):
 
     @staticmethod
     def jvp(ctx, grad_tangent, input_tangent, *_):
-        grad_output, input = ctx.saved_tensors
-        return _sum(
-            None if grad_tangent is None else _depthwise_conv2d_grad_weight(grad_tangent, input, *ctx.rest),
-            None if input_tangent is None else _depthwise_conv2d_grad_weight(grad_output, input_tangent, *ctx.rest),
-        )
+        tangents = grad_tangent, input_tangent
+        return common.bilinear_jvp(_depthwise_conv2d_grad_weight, *ctx.saved_tensors, *tangents, *ctx.rest)
 
 
 _depthwise_conv2d.differentiate(_DepthwiseConv2d)

@@ -150,13 +150,8 @@ class _GramMatrixBackward(Function):
 
     @staticmethod
     def jvp(ctx, grad_tangent, features_tangent, _):
-        grad_gram, features = ctx.saved_tensors
-        along = []
-        if grad_tangent is not None:
-            along.append(_gram_matrix_backward(grad_tangent, features, ctx.normalize))
-        if features_tangent is not None:
-            along.append(_gram_matrix_backward(grad_gram, features_tangent, ctx.normalize))
-        return sum(along[1:], along[0]) if along else None
+        tangents = grad_tangent, features_tangent
+        return common.bilinear_jvp(_gram_matrix_backward, *ctx.saved_tensors, *tangents, ctx.normalize)
 
 
 _gram_matrix.differentiate(_GramMatrix)

@@ -262,11 +262,6 @@ _masked_conv2d_bias = Operator(
 )
 
 
-def _sum(*terms: Tensor | None) -> Tensor | None:
-    terms = [term for term in terms if term is not None]
-    return sum(terms[1:], terms[0]) if terms else None
-
-
 class _MaskedConv2d(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, *config):
@@ -291,15 +286,11 @@ class _MaskedConv2d(Function):
     @staticmethod
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
         input, weight = ctx.saved_tensors
-        terms = [None] * 3
-        if input_tangent is not None:
-            terms[0] = _masked_conv2d(input_tangent, weight, None, *ctx.config)
-        if weight_tangent is not None:
-            terms[1] = _masked_conv2d(input, weight_tangent, None, *ctx.config)
+        tangent = common.bilinear_jvp(_masked_conv2d, input, weight, input_tangent, weight_tangent, None, *ctx.config)
         if bias_tangent is not None:
             shape = (input.shape[0], weight.shape[0], *input.shape[2:])
-            terms[2] = bias_tangent[:, None, None].expand(shape)
-        return _sum(*terms)
+            tangent = common.add_up(tangent, bias_tangent[:, None, None].expand(shape))
+        return tangent
 
 
 class _MaskedConv2dInput(Function):
@@ -322,13 +313,8 @@ class _MaskedConv2dInput(Function):
 
     @staticmethod
     def jvp(ctx, grad_tangent, weight_tangent, *_):
-        grad_output, weight = ctx.saved_tensors
-        terms = [None] * 2
-        if grad_tangent is not None:
-            terms[0] = _masked_conv2d_input(grad_tangent, weight, ctx.channels_last, *ctx.config)
-        if weight_tangent is not None:
-            terms[1] = _masked_conv2d_input(grad_output, weight_tangent, ctx.channels_last, *ctx.config)
-        return _sum(*terms)
+        tangents, rest = (grad_tangent, weight_tangent), (ctx.channels_last, *ctx.config)
+        return common.bilinear_jvp(_masked_conv2d_input, *ctx.saved_tensors, *tangents, *rest)
 
 
 class _MaskedConv2dWeight(Function):
@@ -351,13 +337,8 @@ class _MaskedConv2dWeight(Function):
 
     @staticmethod
     def jvp(ctx, grad_tangent, input_tangent, *_):
-        grad_output, input = ctx.saved_tensors
-        terms = [None] * 2
-        if grad_tangent is not None:
-            terms[0] = _masked_conv2d_weight(grad_tangent, input, *ctx.kernel, *ctx.config)
-        if input_tangent is not None:
-            terms[1] = _masked_conv2d_weight(grad_output, input_tangent, *ctx.kernel, *ctx.config)
-        return _sum(*terms)
+        tangents = grad_tangent, input_tangent
+        return common.bilinear_jvp(_masked_conv2d_weight, *ctx.saved_tensors, *tangents, *ctx.kernel, *ctx.config)
 
 
 class _MaskedConv2dBias(Function):
