@@ -11,6 +11,7 @@ namespace pyzoo {
 void register_roi_align(pybind11::module_& m);
 void register_roi_pool(pybind11::module_& m);
 void register_nms(pybind11::module_& m);
+void register_channel_sum(pybind11::module_& m);
 void register_masked_conv2d(pybind11::module_& m);
 void register_pixelcnn_sampler(pybind11::module_& m);
 void register_gram_matrix(pybind11::module_& m);
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_roi_align(m);
   pyzoo::register_roi_pool(m);
   pyzoo::register_nms(m);
+  pyzoo::register_channel_sum(m);
   pyzoo::register_masked_conv2d(m);
   pyzoo::register_pixelcnn_sampler(m);
   pyzoo::register_gram_matrix(m);

@@ -57,4 +57,12 @@ inline void check_floating(const Tensor& t, const char* name) {
   check(is_floating(t.dtype), std::string(name) + " must be float32, float64, float16 or bfloat16, got " + dtype_name(t.dtype));
 }
 
+inline void check_contiguous(const Tensor& t, const char* name) {
+  int64_t stride = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    check(t.shape[i] == 1 || t.stride[i] == stride || t.numel() == 0, std::string(name) + " must be contiguous");
+    stride *= t.shape[i];
+  }
+}
+
 }  // namespace pyzoo

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,6 +17,7 @@
 #include "parallel.h"
 
 #define PZ_INLINE inline __attribute__((always_inline))
+#define PZ_LAMBDA __attribute__((always_inline))  // [&](...) PZ_LAMBDA { }
 
 // PZ_SHUFFLE(integer vector type, a, b, indices...)
 #if defined(__clang__) || __GNUC__ >= 12

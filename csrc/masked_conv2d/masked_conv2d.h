@@ -19,6 +19,5 @@ void masked_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const Tens
 // The derivatives; each writes all of its last tensor. Weights that the mask covers get zero.
 void masked_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const ConvMask& mask);
 void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask);
-void masked_conv2d_bwd_bias_cpu(const Tensor& grad_output, const Tensor& grad_bias);
 
 }  // namespace pyzoo

@@ -31,8 +31,6 @@ void register_masked_conv2d(py::module_& m) {
         masked_conv2d_bwd_weight_cpu(grad_output, input, grad_weight, {mask, colors, gates, groups, dilation_y, dilation_x});
       },
       "grad_output"_a, "input"_a, "grad_weight"_a, "mask"_a, "colors"_a, "gates"_a, "groups"_a, "dilation_y"_a, "dilation_x"_a);
-  m.def("masked_conv2d_bwd_bias_cpu", &masked_conv2d_bwd_bias_cpu, "grad_output"_a, "grad_bias"_a,
-        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace pyzoo

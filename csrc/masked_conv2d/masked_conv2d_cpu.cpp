@@ -171,14 +171,6 @@ struct Split {
 
 namespace {
 
-void check_contiguous(const Tensor& t, const char* name) {
-  int64_t stride = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    check(t.shape[i] == 1 || t.stride[i] == stride || t.numel() == 0, std::string(name) + " must be contiguous");
-    stride *= t.shape[i];
-  }
-}
-
 void check_maps(const FeatureMap& input, const FeatureMap& output, const MaskedTaps& taps) {
   check(input.images == output.images && input.height == output.height && input.width == output.width &&
             input.channels == taps.in_channels && output.channels == taps.out_channels,
@@ -238,18 +230,6 @@ void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input
   dispatch_floating(in.dtype, [&](auto zero) {
     using T = decltype(zero);
     PZ_FOR_ISA_OF(T, template masked_conv2d_weight<T>)(grad, in, grad_weight.ptr<T>(), Product(taps, true));
-  });
-}
-
-void masked_conv2d_bwd_bias_cpu(const Tensor& grad_output, const Tensor& grad_bias) {
-  const FeatureMap grad(grad_output, "grad_output");
-  check_contiguous(grad_bias, "grad_bias");
-  check_cpu(grad_bias, "grad_bias");
-  check_dtype(grad_bias, "grad_bias", grad.dtype);
-  check(grad_bias.ndim == 1 && grad_bias.shape[0] == grad.channels, "grad_bias must have shape [C], got " + grad_bias.shape_string());
-  dispatch_floating(grad.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    PZ_FOR_ISA_OF(T, template masked_conv2d_bias<T>)(grad, grad_bias.ptr<T>());
   });
 }
 

@@ -180,8 +180,7 @@ void check_features(const Tensor& t, const char* name, const FeatureMap& map, co
   check_cpu(t, name);
   const int64_t features = map.channels * pyramid.bins;
   check(t.shape[0] == map.images && t.shape[1] == features, std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
-  const bool rows = (t.stride[1] == 1 || features == 1) && (t.stride[0] == features || map.images == 1);
-  check(rows || t.numel() == 0, std::string(name) + " must be contiguous");
+  check_contiguous(t, name);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyzoo._ext import C
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
+from pyzoo.ops.channel_sum import channel_sum
 
 ACTIVATIONS = (None, "relu", "relu6")
 
@@ -316,7 +317,7 @@ class _DepthwiseConv2d(Function):
         return (
             _grad_input(grad, weight, input, ctx.geometry) if wants_input else None,
             _grad_weight(grad, input, weight, ctx.geometry) if wants_weight else None,
-            grad.sum((0, 2, 3)) if wants_bias else None,
+            channel_sum(grad) if wants_bias else None,
             *[None] * 4,
         )
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pyzoo._ext import C
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
+from pyzoo.ops.channel_sum import channel_sum
 
 MASKS = ("A", "B", "vertical_a", "vertical_b", "horizontal_a", "horizontal_b")
 ALIASES = {"vertical": "vertical_b", "horizontal": "horizontal_b"}
@@ -192,21 +193,6 @@ def _weight_cpu(grad_output, input, *rest):
     return grad_weight
 
 
-def _bias_fake(grad_output):
-    if grad_output.dim() != 4:
-        raise ValueError(
-            f"_masked_conv2d_bias: grad_output must have shape [N, C, H, W], got {list(grad_output.shape)}"
-        )
-    common.check_floating("_masked_conv2d_bias", "grad_output", grad_output)
-    return grad_output.new_empty(grad_output.shape[1])
-
-
-def _bias_cpu(grad_output):
-    grad_bias = _bias_fake(grad_output)
-    C.masked_conv2d_bwd_bias_cpu(grad_output, grad_bias)
-    return grad_bias
-
-
 def _vmap_over_images(operator):
     """The vmap rule: a map that alone has the extra dimension folds it into its images; else one call for each."""
 
@@ -231,11 +217,6 @@ def _weight_vmap(info, in_dims, *args):
     return _one_by_one(_masked_conv2d_weight, info, in_dims, args), 0
 
 
-def _bias_vmap(info, in_dims, grad_output):
-    folded = grad_output.movedim(in_dims[0], 1).flatten(1, 2)
-    return _masked_conv2d_bias.op(folded).unflatten(0, (info.batch_size, -1)), 0
-
-
 _masked_conv2d = Operator(
     f"masked_conv2d(Tensor input, Tensor weight, Tensor? bias, {_CONFIG}) -> Tensor",
     cpu=_cpu,
@@ -255,10 +236,6 @@ _masked_conv2d_weight = Operator(
     cpu=_weight_cpu,
     fake=_weight_fake,
     vmap=_weight_vmap,
-)
-# Not grad_output.sum((0, 2, 3)): its bits depend on the number of threads.
-_masked_conv2d_bias = Operator(
-    "_masked_conv2d_bias(Tensor grad_output) -> Tensor", cpu=_bias_cpu, fake=_bias_fake, vmap=_bias_vmap
 )
 
 
@@ -280,7 +257,7 @@ class _MaskedConv2d(Function):
         if wants[1]:
             grads[1] = _masked_conv2d_weight(grad_output, input, *weight.shape[2:], *ctx.config)
         if wants[2]:
-            grads[2] = _masked_conv2d_bias(grad_output)
+            grads[2] = channel_sum(grad_output)
         return *grads, *[None] * len(ctx.config)
 
     @staticmethod
@@ -341,25 +318,9 @@ class _MaskedConv2dWeight(Function):
         return common.bilinear_jvp(_masked_conv2d_weight, *ctx.saved_tensors, *tangents, *ctx.kernel, *ctx.config)
 
 
-class _MaskedConv2dBias(Function):
-    @staticmethod
-    def forward(ctx, grad_output):
-        ctx.shape = grad_output.shape
-        return _masked_conv2d_bias.below_autograd(grad_output)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[:, None, None].expand(ctx.shape)
-
-    @staticmethod
-    def jvp(ctx, grad_tangent):
-        return _masked_conv2d_bias(grad_tangent)
-
-
 _masked_conv2d.differentiate(_MaskedConv2d)
 _masked_conv2d_input.differentiate(_MaskedConv2dInput)
 _masked_conv2d_weight.differentiate(_MaskedConv2dWeight)
-_masked_conv2d_bias.differentiate(_MaskedConv2dBias)
 
 
 def masked_conv2d(

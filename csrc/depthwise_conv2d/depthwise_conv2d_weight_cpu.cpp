@@ -1,0 +1,30 @@
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "common/memory.h"
+#include "common/vec.h"
+#include "depthwise_conv2d/depthwise_conv2d.h"
+#include "depthwise_conv2d/depthwise_conv2d_geometry.h"
+
+namespace pyzoo {
+
+#define PZ_KERNEL "depthwise_conv2d/depthwise_conv2d_weight_cpu.inc"
+#include "common/foreach_isa.h"
+
+void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Sliding& s) {
+  const FeatureMap grad(grad_output, "grad_output"), from(input, "input");
+  check_sliding(from, grad, grad_weight, "grad_weight", s);
+  check_dtype(grad_output, "grad_output", from.dtype);
+  check_dtype(grad_weight, "grad_weight", from.dtype);
+  if (grad_weight.numel() == 0) return;
+  const int64_t kh = grad_weight.shape[2], kw = grad_weight.shape[3];
+  const Gather how{forward_axis(from.height, grad.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
+                   forward_axis(from.width, grad.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, Activation::none};
+  dispatch_floating(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    PZ_FOR_ISA_OF(T, template weight_gradient<T>)(how, from, grad, grad_weight.ptr<T>());
+  });
+}
+
+}  // namespace pyzoo
