@@ -1,3 +1,5 @@
+#pragma once
+
 #include <optional>
 #include <tuple>
 
@@ -6,7 +8,7 @@
 
 namespace pyzoo {
 
-void register_pixelcnn_sampler(py::module_& m) {
+inline void register_pixelcnn_sampler(py::module_& m) {
   using namespace py::literals;
   using Condition = std::optional<Tensor>;
   using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Condition, Condition, bool>;

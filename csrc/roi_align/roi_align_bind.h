@@ -1,11 +1,11 @@
+#pragma once
+
 #include <tuple>
 
 #include "common/tensor_caster.h"
 #include "roi_align/roi_align.h"
 
 namespace pyzoo {
-
-namespace {
 
 using LevelMapTuple = std::optional<std::tuple<int, double, double, double>>;
 
@@ -14,9 +14,7 @@ std::optional<LevelMap> level_map_from(const LevelMapTuple& t) {
   return LevelMap{std::get<0>(*t), std::get<1>(*t), std::get<2>(*t), std::get<3>(*t)};
 }
 
-}  // namespace
-
-void register_roi_align(py::module_& m) {
+inline void register_roi_align(py::module_& m) {
   using namespace py::literals;
   m.def(
       "roi_align_fwd_cpu",

@@ -1,3 +1,5 @@
+#pragma once
+
 #include <optional>
 
 #include "common/tensor_caster.h"
@@ -5,7 +7,7 @@
 
 namespace pyzoo {
 
-void register_spatial_pyramid_pool2d(py::module_& m) {
+inline void register_spatial_pyramid_pool2d(py::module_& m) {
   using namespace py::literals;
   m.def(
       "spatial_pyramid_pool2d_fwd_cpu",

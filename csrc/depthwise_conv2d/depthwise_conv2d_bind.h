@@ -1,3 +1,5 @@
+#pragma once
+
 #include <array>
 #include <optional>
 
@@ -6,17 +8,13 @@
 
 namespace pyzoo {
 
-namespace {
-
 using Pair = std::array<int64_t, 2>;
 
-Sliding sliding(const Pair& stride, const Pair& padding, const Pair& dilation) {
+inline Sliding sliding(const Pair& stride, const Pair& padding, const Pair& dilation) {
   return {{stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}};
 }
 
-}  // namespace
-
-void register_depthwise_conv2d(py::module_& m) {
+inline void register_depthwise_conv2d(py::module_& m) {
   using namespace py::literals;
   m.def(
       "depthwise_conv2d_fwd_cpu",

@@ -1,9 +1,11 @@
+#pragma once
+
 #include "common/tensor_caster.h"
 #include "nms/nms.h"
 
 namespace pyzoo {
 
-void register_nms(pybind11::module_& m) {
+inline void register_nms(pybind11::module_& m) {
   using namespace py::literals;
   m.def(
       "nms_cpu",

@@ -1,9 +1,11 @@
+#pragma once
+
 #include "common/tensor_caster.h"
 #include "reversible/reversible.h"
 
 namespace pyzoo {
 
-void register_reversible(py::module_& m) {
+inline void register_reversible(py::module_& m) {
   using namespace py::literals;
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def("reversible_fwd_cpu", &reversible_fwd_cpu, "x"_a, "update"_a, "y"_a, Release());

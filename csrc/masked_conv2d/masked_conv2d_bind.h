@@ -1,3 +1,5 @@
+#pragma once
+
 #include <optional>
 
 #include "common/tensor_caster.h"
@@ -5,7 +7,7 @@
 
 namespace pyzoo {
 
-void register_masked_conv2d(py::module_& m) {
+inline void register_masked_conv2d(py::module_& m) {
   using namespace py::literals;
   m.def(
       "masked_conv2d_fwd_cpu",

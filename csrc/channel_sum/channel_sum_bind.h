@@ -1,9 +1,11 @@
+#pragma once
+
 #include "channel_sum/channel_sum.h"
 #include "common/tensor_caster.h"
 
 namespace pyzoo {
 
-void register_channel_sum(py::module_& m) {
+inline void register_channel_sum(py::module_& m) {
   using namespace py::literals;
   m.def("channel_sum_cpu", &channel_sum_cpu, "map"_a, "output"_a, py::call_guard<py::gil_scoped_release>());
 }

@@ -1,3 +1,5 @@
+#pragma once
+
 #include <optional>
 
 #include "common/tensor_caster.h"
@@ -5,7 +7,7 @@
 
 namespace pyzoo {
 
-void register_roi_pool(py::module_& m) {
+inline void register_roi_pool(py::module_& m) {
   using namespace py::literals;
   m.def(
       "roi_pool_fwd_cpu",

@@ -1,9 +1,11 @@
+#pragma once
+
 #include "common/tensor_caster.h"
 #include "gram_matrix/gram_matrix.h"
 
 namespace pyzoo {
 
-void register_gram_matrix(py::module_& m) {
+inline void register_gram_matrix(py::module_& m) {
   using namespace py::literals;
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("gram_matrix_fwd_cpu", &gram_matrix_fwd_cpu, "features"_a, "gram"_a, "normalize"_a, release());
