@@ -6,7 +6,7 @@ Without arguments it takes the two photographs that scikit-learn ships. It is th
 nothing is trained: a convolutional pyramid marks what differs from the photograph's margin, a region proposal head
 scores nine boxes at each position by what stands out inside minus what stands out around, non-maximum suppression
 keeps the best, and RoIAlign and RoIPool cut out their features, as a second stage would need them. The weights are
-formulas: Gabor filters, opponent colours, boxes. Pictures go to out/demo. Exits with 1 if a result differs.
+formulas: Gabor filters, opponent colors, boxes. Pictures go to out/demo. Exits with 1 if a result differs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def gabor(size: int, angle: float, phase: float, wavelength: float = 4, sigma: f
 
 
 class Pyramid(nn.Module):
-    """Opponent colours, halved again and again; 96 oriented filters and a map of what stands out at each of STRIDES."""
+    """Opponent colors, halved again and again; 96 oriented filters and a map of what stands out at each of STRIDES."""
 
     def __init__(self):
         super().__init__()
@@ -75,26 +75,26 @@ class Pyramid(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """[1, 3, H, W] in 0..1 -> features [1, 96, Hi, Wi] and maps [1, 1, Hi, Wi] in -0.3..1, both finest first."""
-        x, colours = F.conv2d(image, self.opponent), []
+        x, colors = F.conv2d(image, self.opponent), []
         for i in range(1, int(math.log2(STRIDES[-1])) + 1):
             x = F.conv2d(F.pad(x, [2] * 4, mode="replicate"), self.blur, stride=2, groups=3)
             if 2**i in STRIDES:
-                colours.append(x)
-        features = [F.conv2d(F.pad(x, [4] * 4, mode="replicate"), self.filters, groups=3).relu() for x in colours]
-        return features, self.standing_out(colours)
+                colors.append(x)
+        features = [F.conv2d(F.pad(x, [4] * 4, mode="replicate"), self.filters, groups=3).relu() for x in colors]
+        return features, self.standing_out(colors)
 
     @staticmethod
-    def standing_out(colours: list[Tensor]) -> list[Tensor]:
-        """The colour distance of each pixel from the margin of the photograph, in the spread of the colours there.
+    def standing_out(colors: list[Tensor]) -> list[Tensor]:
+        """The color distance of each pixel from the margin of the photograph, in the spread of the colors there.
 
         What touches the margin is background: Wei et al., "Geodesic Saliency Using Background Priors", 2012.
         """
-        finest = colours[0][0]
+        finest = colors[0][0]
         sides = (finest[:, :2], finest[:, -2:], finest[:, :, :2], finest[:, :, -2:])
         margin = torch.cat([side.flatten(1) for side in sides], 1)
         mean, spread = margin.mean(1)[:, None, None], torch.cov(margin) + 1e-4 * torch.eye(3)
         whiten = torch.linalg.inv(torch.linalg.cholesky(spread))[:, :, None, None]
-        maps = [F.conv2d(x - mean, whiten).norm(dim=1, keepdim=True) for x in colours]
+        maps = [F.conv2d(x - mean, whiten).norm(dim=1, keepdim=True) for x in colors]
         for i in reversed(range(len(maps) - 1)):  # top down, as in a feature pyramid network: fills gaps in objects
             maps[i] = (maps[i] + F.interpolate(maps[i + 1], maps[i].shape[2:], mode="bilinear")) / 2
         middle, width = maps[0].mean() + maps[0].std() / 2, maps[0].std() / 2 + 1e-6
@@ -246,10 +246,10 @@ def draw(photograph: Image.Image, boxes: Tensor, scores: Tensor, standing_out: T
     picture.paste(grey, (width, 0))
     pen = ImageDraw.Draw(picture)
     found = list(zip(boxes.tolist(), scores.tolist(), COLOURS, strict=False))
-    for (x1, y1, x2, y2), score, colour in reversed(found):  # the best on top
+    for (x1, y1, x2, y2), score, color in reversed(found):  # the best on top
         for left in (0, width):
-            pen.rectangle((left + x1, y1, left + min(x2, width - 1), min(y2, height - 1)), outline=colour, width=3)
-        pen.text((width + x1 + 6, y1 + 4), f"{score:.2f}", fill=colour)
+            pen.rectangle((left + x1, y1, left + min(x2, width - 1), min(y2, height - 1)), outline=color, width=3)
+        pen.text((width + x1 + 6, y1 + 4), f"{score:.2f}", fill=color)
     return picture
 
 

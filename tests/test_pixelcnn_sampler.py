@@ -251,7 +251,7 @@ def test_masked_weights_are_not_looked_at():
 
     def spoil(weight, own, **mask):
         weight = weight.clone()
-        hidden = pixelcnn_sampler._colour_mask(weight, 3, **mask)[..., 0, 0] == 0
+        hidden = pixelcnn_sampler._color_mask(weight, 3, **mask)[..., 0, 0] == 0
         assert hidden.any()
         weight[..., own][hidden] = torch.nan
         return weight

@@ -10,7 +10,7 @@
 namespace pyzoo {
 
 // The live taps of a kernel of height x width are those at [first, last) in row-major order: every mask is such an interval. Where
-// colors > 1 and the centre is the last live tap, it sees only the channels that come before in the order of colours.
+// colors > 1 and the centre is the last live tap, it sees only the channels that come before in the order of colors.
 struct MaskedTaps {
   int64_t out_channels, in_channels, groups;  // of all groups together
   int64_t height, width, dilation_y, dilation_x;
@@ -44,7 +44,7 @@ struct MaskedTaps {
   int64_t dx(int64_t tap) const { return (tap % width - width / 2) * dilation_x; }
   bool ordered(int64_t tap) const { return colors > 1 && tap == kernel() / 2; }
   // At the centre tap output channel o sees the input channels below this one. Channels count through all groups; those of a gate
-  // lie together, and have the colours one after the other.
+  // lie together, and have the colors one after the other.
   int64_t limit(int64_t o) const {
     const int64_t color = o % (out_channels / gates) / (out_channels / gates / colors);
     return (color + (strict ? 0 : 1)) * (in_channels / colors);

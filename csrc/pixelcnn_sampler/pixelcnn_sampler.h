@@ -9,7 +9,7 @@
 namespace pyzoo {
 
 // One gated layer of width p over ci channels. All tensors are contiguous and of one dtype, float32 or float64. The 2p outputs of the
-// link and of the horizontal convolution, and their condition, are ordered by colour: of each colour the tanh half, then the sigmoid half.
+// link and of the horizontal convolution, and their condition, are ordered by color: of each color the tanh half, then the sigmoid half.
 struct PixelCNNLayer {
   Tensor vertical_weight, vertical_bias;      // [2p, ci, r, n]: the rows above and, but for the first layer, the row itself
   Tensor horizontal_weight, horizontal_bias;  // [2p, ci, 1, n / 2 + 1]: the columns on the left and the pixel itself

@@ -13,18 +13,18 @@ namespace {
 
 // What is drawn: int64 [B, C, H, W], with one uniform a value and, if wanted, the logits [B, C, K, H, W]; all contiguous.
 struct SampledImages {
-  int64_t images, colours, levels, height, width;
+  int64_t images, colors, levels, height, width;
   double temperature;
   int64_t* values;
   const double* uniforms;
   void* logits;
 
-  int64_t at(int64_t image, int64_t c, int64_t y, int64_t x) const { return ((image * colours + c) * height + y) * width + x; }
+  int64_t at(int64_t image, int64_t c, int64_t y, int64_t x) const { return ((image * colors + c) * height + y) * width + x; }
   int64_t& value(int64_t image, int64_t c, int64_t y, int64_t x) const { return values[at(image, c, y, x)]; }
   double uniform(int64_t image, int64_t c, int64_t y, int64_t x) const { return uniforms[at(image, c, y, x)]; }
   template <class A>
   A& logit(int64_t image, int64_t c, int64_t k, int64_t y, int64_t x) const {
-    return static_cast<A*>(logits)[(((image * colours + c) * levels + k) * height + y) * width + x];
+    return static_cast<A*>(logits)[(((image * colors + c) * levels + k) * height + y) * width + x];
   }
 };
 
@@ -39,23 +39,19 @@ void check_dense(const Tensor& t, const std::string& name, DType dtype, const st
   check_tensor(t, name.c_str(), int(shape.size()));
   check_cpu(t, name.c_str());
   check_dtype(t, name.c_str(), dtype);
-  int64_t contiguous = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
+  for (int i = 0; i < t.ndim; ++i)
     check(t.shape[i] == shape[size_t(i)], name + ": axis " + std::to_string(i) + " must have " + std::to_string(shape[size_t(i)]) +
                                               " elements, got shape " + t.shape_string());
-    check(t.shape[i] == 1 || t.numel() == 0 || t.stride[i] == contiguous, name + " must be contiguous");
-    contiguous *= t.shape[i];
-  }
+  check_contiguous(t, name.c_str());
 }
 
-void check_layer(const PixelCNNLayer& layer, DType dtype, int64_t colours, int64_t inputs, const SampledImages& io) {
+void check_layer(const PixelCNNLayer& layer, DType dtype, int64_t colors, int64_t inputs, const SampledImages& io) {
   check_tensor(layer.vertical_weight, "vertical_weight", 4);
   check_tensor(layer.output_weight, "output_weight", 4);
   const int64_t p = layer.width(), rows = layer.vertical_weight.shape[2], kernel = layer.vertical_weight.shape[3];
   check(rows > 0 && kernel % 2 == 1,
         "vertical_weight must have an odd number of columns, got shape " + layer.vertical_weight.shape_string());
-  check(p > 0 && p % colours == 0,
-        "output_weight must have whole thirds for three colours, got shape " + layer.output_weight.shape_string());
+  check(p > 0 && p % colors == 0, "output_weight must have whole thirds for three colors, got shape " + layer.output_weight.shape_string());
   check(!layer.residual || inputs == p, "a residual needs as many inputs as outputs");
   check_dense(layer.vertical_weight, "vertical_weight", dtype, {2 * p, inputs, rows, kernel});
   check_dense(layer.horizontal_weight, "horizontal_weight", dtype, {2 * p, inputs, 1, kernel / 2 + 1});
@@ -81,32 +77,32 @@ void pixelcnn_sample_cpu(const std::vector<PixelCNNLayer>& layers, const PixelCN
   check_tensor(samples, "samples", 4);
   check(!layers.empty() && !head.empty(), "a network needs at least one layer and one layer of the head");
   const std::vector<int64_t> shape(samples.shape, samples.shape + 4);
-  const int64_t colours = shape[1];
-  check(colours > 0, "samples must have shape [B, C, H, W] with C > 0, got " + samples.shape_string());
+  const int64_t colors = shape[1];
+  check(colors > 0, "samples must have shape [B, C, H, W] with C > 0, got " + samples.shape_string());
   check_dense(samples, "samples", DType::i64, shape);
   check_dense(uniforms, "uniforms", DType::f64, shape);
-  SampledImages io{shape[0], colours, 0, shape[2], shape[3], temperature, samples.ptr<int64_t>(), uniforms.ptr<const double>(), nullptr};
+  SampledImages io{shape[0], colors, 0, shape[2], shape[3], temperature, samples.ptr<int64_t>(), uniforms.ptr<const double>(), nullptr};
 
   const DType dtype = layers[0].vertical_weight.dtype;
   check(dtype == DType::f32 || dtype == DType::f64, std::string("weights must be float32 or float64, got ") + dtype_name(dtype));
-  int64_t inputs = colours;
+  int64_t inputs = colors;
   for (const PixelCNNLayer& layer : layers) {
-    check_layer(layer, dtype, colours, inputs, io);
+    check_layer(layer, dtype, colors, inputs, io);
     inputs = layer.width();
   }
   check(!layers[0].residual, "the first layer must have no residual");
   for (const auto& [weight, bias] : head) {
     check_tensor(weight, "head", 4);
     const int64_t outputs = weight.shape[0];
-    check(outputs > 0 && outputs % colours == 0, "head must have whole thirds for three colours, got shape " + weight.shape_string());
+    check(outputs > 0 && outputs % colors == 0, "head must have whole thirds for three colors, got shape " + weight.shape_string());
     check_dense(weight, "head", dtype, {outputs, inputs, 1, 1});
     check_dense(bias, "head", dtype, {outputs});
     inputs = outputs;
   }
-  io.levels = inputs / colours;
+  io.levels = inputs / colors;
   check(io.levels >= 2, "head must give at least 2 levels, got " + std::to_string(io.levels));
   if (logits) {
-    check_dense(*logits, "logits", dtype, {shape[0], colours, io.levels, shape[2], shape[3]});
+    check_dense(*logits, "logits", dtype, {shape[0], colors, io.levels, shape[2], shape[3]});
     io.logits = logits->data;
   }
   for (int64_t i = 0; i < samples.numel(); ++i)

@@ -34,9 +34,9 @@ class PixelCNNLayer:
         vertical_weight, vertical_bias: [2p, ci, r, n] and [2p]. Output row i sees rows i - r + 1 ... i of the vertical
             stack, in the first layer rows i - r ... i - 1 of the image.
         horizontal_weight, horizontal_bias: [2p, ci, 1, n // 2 + 1] and [2p]. The columns on the left and, last, the
-            pixel itself, of which a channel sees those of earlier colours and, but for the first layer, of its own.
+            pixel itself, of which a channel sees those of earlier colors and, but for the first layer, of its own.
         link_weight, link_bias: [2p, 2p, 1, 1] and [2p]. From what the vertical gate gets to what the horizontal gets.
-        output_weight, output_bias: [p, p, 1, 1] and [p]. After the horizontal gate; sees colours up to its own.
+        output_weight, output_bias: [p, p, 1, 1] and [p]. After the horizontal gate; sees colors up to its own.
         residual: whether the input of the horizontal stack is added to the output. Not in the first layer.
     """
 
@@ -53,15 +53,15 @@ class PixelCNNLayer:
 
 @dataclass(frozen=True, eq=False)
 class PixelCNNNetwork:
-    """The weights of a Gated PixelCNN over images of C channels (colours) of K levels.
+    """The weights of a Gated PixelCNN over images of C channels (colors) of K levels.
 
-    The channels of every layer are C equal runs, one a colour; so is each half of the 2p channels of a gate. What is
+    The channels of every layer are C equal runs, one a color; so is each half of the 2p channels of a gate. What is
     masked need not be zero in the weights: it is not looked at. The tensors are those of the model's modules, as they
     are; gradients do not flow through sampling.
 
     Args:
         layers: the gated layers. The first one reads the image, scaled to 2 x / (K - 1) - 1, and pads it with zeros.
-        head: pairs of a weight [q, p, 1, 1] and a bias [q] or None: a ReLU, then a 1x1 convolution that sees colours
+        head: pairs of a weight [q, p, 1, 1] and a bias [q] or None: a ReLU, then a 1x1 convolution that sees colors
             up to its own. The last one has C * K outputs.
 
     Raises:
@@ -94,7 +94,7 @@ class PixelCNNNetwork:
             raise ValueError("PixelCNNNetwork: layers[0].residual must be False: a pixel would see itself")
         for i, (weight, bias) in enumerate(self.head):
             outputs = weight.shape[0]
-            _check_colours(f"head[{i}].weight: the number of outputs", outputs, self.channels)
+            _check_colors(f"head[{i}].weight: the number of outputs", outputs, self.channels)
             _check_shape(f"head[{i}].weight", weight, (outputs, inputs, 1, 1))
             _check_shape(f"head[{i}].bias", bias, (outputs,))
             inputs = outputs
@@ -136,7 +136,7 @@ class PixelCNNNetwork:
 
     def _check_layer(self, name: str, layer: PixelCNNLayer, inputs: int) -> int:
         width, kernel = layer.output_weight.shape[0], layer.vertical_weight.shape[3]
-        _check_colours(f"{name}.output_weight: the number of outputs", width, self.channels)
+        _check_colors(f"{name}.output_weight: the number of outputs", width, self.channels)
         if kernel % 2 == 0:
             shape = list(layer.vertical_weight.shape)
             raise ValueError(f"PixelCNNNetwork: {name}.vertical_weight must have an odd kernel, got {shape}")
@@ -160,29 +160,29 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"PixelCNNNetwork: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def _check_colours(what: str, count: int, colours: int) -> None:
-    if count < 1 or count % colours:
-        raise ValueError(f"PixelCNNNetwork: {what} must be a multiple of the {colours} image channels, got {count}")
+def _check_colors(what: str, count: int, colors: int) -> None:
+    if count < 1 or count % colors:
+        raise ValueError(f"PixelCNNNetwork: {what} must be a multiple of the {colors} image channels, got {count}")
 
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
-def _colour_mask(weight: Tensor, colours: int, *, halves: int = 1, strict: bool = False) -> Tensor:
+def _color_mask(weight: Tensor, colors: int, *, halves: int = 1, strict: bool = False) -> Tensor:
     """Which of the inputs of its own pixel an output sees: [outputs, inputs, 1, 1] of 0 and 1.
 
-    Those of colours up to its own, or if ``strict`` of earlier ones.
+    Those of colors up to its own, or if ``strict`` of earlier ones.
     """
     outputs, inputs = weight.shape[:2]
-    colour_out = torch.arange(outputs, device=weight.device) % (outputs // halves) * colours // (outputs // halves)
-    colour_in = torch.arange(inputs, device=weight.device) * colours // inputs
-    sees = colour_in < colour_out[:, None] if strict else colour_in <= colour_out[:, None]
+    color_out = torch.arange(outputs, device=weight.device) % (outputs // halves) * colors // (outputs // halves)
+    color_in = torch.arange(inputs, device=weight.device) * colors // inputs
+    sees = color_in < color_out[:, None] if strict else color_in <= color_out[:, None]
     return sees.to(weight.dtype)[..., None, None]
 
 
 def _masked(network: PixelCNNNetwork) -> PixelCNNNetwork:
     """The network in its dtype, with zeros where weights are masked."""
-    colours = network.channels
+    colors = network.channels
 
     def convert(tensor):
         return None if tensor is None else tensor.to(network.dtype)
@@ -191,11 +191,11 @@ def _masked(network: PixelCNNNetwork) -> PixelCNNNetwork:
     for i, layer in enumerate(network.layers):
         tensors = {name: convert(getattr(layer, name)) for name in _TENSORS}
         weight = tensors["horizontal_weight"]
-        own = weight[..., -1:] * _colour_mask(weight, colours, halves=2, strict=i == 0)
+        own = weight[..., -1:] * _color_mask(weight, colors, halves=2, strict=i == 0)
         tensors["horizontal_weight"] = torch.cat([weight[..., :-1], own], -1)
-        tensors["output_weight"] = tensors["output_weight"] * _colour_mask(tensors["output_weight"], colours)
+        tensors["output_weight"] = tensors["output_weight"] * _color_mask(tensors["output_weight"], colors)
         layers.append(PixelCNNLayer(**tensors, residual=layer.residual))
-    head = [(convert(weight) * _colour_mask(convert(weight), colours), convert(bias)) for weight, bias in network.head]
+    head = [(convert(weight) * _color_mask(convert(weight), colors), convert(bias)) for weight, bias in network.head]
     return PixelCNNNetwork(layers, head)
 
 
@@ -383,9 +383,9 @@ def _network(weights: Sequence[Tensor], residual: Sequence[bool]) -> PixelCNNNet
     return PixelCNNNetwork(layers, list(zip(head[::2], head[1::2], strict=True)))
 
 
-def _by_colour(x: Tensor, colours: int) -> Tensor:
-    """Orders the 2p channels, two halves of colours, as colours of two halves: what the core expects."""
-    return x.unflatten(0, (2, colours, -1)).transpose(0, 1).flatten(0, 2)
+def _by_color(x: Tensor, colors: int) -> Tensor:
+    """Orders the 2p channels, two halves of colors, as colors of two halves: what the core expects."""
+    return x.unflatten(0, (2, colors, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _new_logits(network: PixelCNNNetwork, start: Tensor, return_logits: bool) -> Tensor:
@@ -404,22 +404,22 @@ def _cpu(weights, residual, condition, uniforms, start, temperature, return_logi
     logits = _new_logits(network, start, return_logits)
     images, _, height, width = start.shape
 
-    def convert(tensor, by_colour=False):
+    def convert(tensor, by_color=False):
         tensor = tensor.to(network.dtype)
-        return (_by_colour(tensor, network.channels) if by_colour else tensor).contiguous()
+        return (_by_color(tensor, network.channels) if by_color else tensor).contiguous()
 
-    def addend(tensor, by_colour=False):  # [B, 2p, 1, 1] or [B, 2p, H, W] -> [B, H, W, 2p]
+    def addend(tensor, by_color=False):  # [B, 2p, 1, 1] or [B, 2p, H, W] -> [B, H, W, 2p]
         if tensor is None:
             return None
-        if by_colour:
-            tensor = _by_colour(tensor.transpose(0, 1), network.channels).transpose(0, 1)
+        if by_color:
+            tensor = _by_color(tensor.transpose(0, 1), network.channels).transpose(0, 1)
         return tensor.to(network.dtype).permute(0, 2, 3, 1).contiguous().expand(images, height, width, -1)
 
     layers = [
         (
             *(convert(getattr(layer, name), name.startswith(("horizontal", "link"))) for name in _TENSORS),
             addend(on_vertical),
-            addend(on_horizontal, by_colour=True),
+            addend(on_horizontal, by_color=True),
             layer.residual,
         )
         for layer, on_vertical, on_horizontal in zip(network.layers, condition[::2], condition[1::2], strict=True)
@@ -452,9 +452,9 @@ def pixelcnn_sample(
 ):
     """Draws images from a Gated PixelCNN, or completes them, in one compiled call.
 
-    Row by row, pixel by pixel, colour by colour; each value x costs only what it changes. The vertical stack runs once
+    Row by row, pixel by pixel, color by color; each value x costs only what it changes. The vertical stack runs once
     for each row, over all of its columns; the horizontal stack runs for one column, and of that for the channels of
-    one colour, from activations kept of the columns on the left and the rows above. All images take each step
+    one color, from activations kept of the columns on the left and the rows above. All images take each step
     together, some on each thread. A value is min(#{k: cdf(k) < u}, K - 1) for its uniform u and the cdf of
     softmax(logits / temperature).
 

@@ -174,14 +174,14 @@ def network_errors():
         r"output_weight must have shape \[6, 6, 1, 1\]",
     )
     yield (
-        "colours",
+        "colors",
         changed(0, output_weight=zeros(8, 8, 1, 1)),
         ValueError,
         r"layers\[0\].output_weight: the number of outputs must be a multiple of the 3 image channels, got 8",
     )
     yield "residual_first", changed(0, residual=True), ValueError, "residual"
     yield (
-        "head_colours",
+        "head_colors",
         head((zeros(8, 6, 1, 1), None)),
         ValueError,
         r"head\[0\].weight: .* multiple of the 3 .* got 8",
