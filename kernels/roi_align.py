@@ -31,12 +31,12 @@ def _box(p_rois, s_roi, s_coord, k, GEOMETRY: tl.constexpr):
 
 
 @triton.jit
-def _is_on_level(x1, y1, x2, y2, level, first_level, canonical_scale, canonical_level, epsilon, LEVELS: tl.constexpr):
-    """Whether this is the level for a box: Lin et al. 2017, equation 1. NaN is no level; the first writes its zeros."""
+def _level_of(x1, y1, x2, y2, first_level, canonical_scale, canonical_level, epsilon, LEVELS: tl.constexpr):
+    """The level for a box: Lin et al. 2017, equation 1. A box with one negative side has none: -1."""
     size = tl.sqrt_rn(((x2 - x1) * (y2 - y1)).to(tl.float32))
     k = tl.floor(canonical_level + tl.log2(size / canonical_scale) + epsilon) - first_level
-    k = tl.minimum(tl.maximum(k, 0.0), LEVELS - 1.0)
-    return (k if LEVELS > 1 else tl.zeros_like(size)) == level
+    k = tl.where(k == k, tl.minimum(tl.maximum(k, 0.0), LEVELS - 1.0), -1.0)
+    return (k if LEVELS > 1 else tl.zeros_like(size)).to(tl.int32)
 
 
 @triton.jit
@@ -123,14 +123,16 @@ def _roi_align_fwd_kernel(
 
     image, x1, y1, x2, y2 = _box(p_rois, s_roi, s_coord, i_k, GEOMETRY)
     known = (image >= 0) & (image < images)
-    if not _is_on_level(x1, y1, x2, y2, level, first_level, canonical_scale, canonical_level, epsilon, LEVELS):
+    its_level = _level_of(x1, y1, x2, y2, first_level, canonical_scale, canonical_level, epsilon, LEVELS)
+    if tl.maximum(its_level, 0) != level:  # the first writes the zeros of a box without a level
         return
+    sampled = known & (its_level >= 0)
     start_y, bin_y, grid_y = _axis(y1, y2, tl.full((), scale, GEOMETRY), PH, SAMPLING, ALIGNED)
     start_x, bin_x, grid_x = _axis(x1, x2, tl.full((), scale, GEOMETRY), PW, SAMPLING, ALIGNED)
     begin_y, end_y = _sample_range(start_y, bin_y, grid_y, o_ph, -1.0, height)
     begin_x, end_x = _sample_range(start_x, bin_x, grid_x, o_pw, -1.0, width)
-    rows = tl.max(tl.where(m_p, end_y - begin_y, 0)) if known else 0
-    columns = tl.max(tl.where(m_p, end_x - begin_x, 0)) if known else 0
+    rows = tl.max(tl.where(m_p, end_y - begin_y, 0)) if sampled else 0
+    columns = tl.max(tl.where(m_p, end_x - begin_x, 0)) if sampled else 0
 
     p_map = p_input + image.to(tl.int64) * s_in_n + (o_c * s_in_c)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM)
@@ -162,7 +164,7 @@ def roi_align_fwd(inputs, rois, output, scales, sampling_ratio, aligned, level_m
     if output.numel() == 0:
         return
     if output.stride(1) == 1:  # channels_last: neighbours are channels
-        block_p, block_c = 1, block(channels, 256)
+        block_p, block_c = block(height * width, 8), block(channels, 128)
     else:
         block_p, block_c = block(height * width, 64), block(channels, 8)
     grid = (boxes, triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c))
@@ -214,11 +216,10 @@ def _bounds_kernel(
     o_k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < boxes
     image, x1, y1, x2, y2 = _box(p_rois, s_roi, s_coord, tl.where(m_k, o_k, 0), GEOMETRY)
-    here = _is_on_level(x1, y1, x2, y2, level, first_level, canonical_scale, canonical_level, epsilon, LEVELS)
+    its_level = _level_of(x1, y1, x2, y2, first_level, canonical_scale, canonical_level, epsilon, LEVELS)
     start_y, bin_y, grid_y = _axis(y1, y2, tl.full((), scale, GEOMETRY), PH, SAMPLING, ALIGNED)
     start_x, bin_x, grid_x = _axis(x1, x2, tl.full((), scale, GEOMETRY), PW, SAMPLING, ALIGNED)
-    here = here & (grid_y * grid_x > 0.0)
-    tl.store(p_bounds + o_k, tl.where(here, image, -1), m_k)
+    tl.store(p_bounds + o_k, tl.where((its_level == level) & (grid_y * grid_x > 0.0), image, -1), m_k)
     first, last = _reach(start_y, bin_y * PH, height)
     tl.store(p_bounds + boxes + o_k, first, m_k)
     tl.store(p_bounds + 2 * boxes + o_k, last, m_k)

@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 SLICES = {path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")}
 SPECS = [spec for spec in test_ops.SPECS if spec.op.__module__.rpartition(".")[2] in SLICES]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on what a mask then drops
 interpreted = pytest.mark.skipif(not INTERPRET_TRITON, reason="there is a GPU")
 
 
@@ -33,9 +34,10 @@ def triton():
 
 
 def some(found: list, spec, dtype, layout) -> list:
-    """A third of the samples, another one for each dtype and layout: the interpreter takes a millisecond a statement."""
+    """Four samples, others for each dtype and layout: the interpreter takes a millisecond a statement."""
     cells = [(d, at.name) for d in spec.dtypes for at in test_ops.layouts(spec)]
-    return found[cells.index((dtype, layout.name)) % 3 :: 3]
+    few = [sample for sample in found if len(sample.args[1]) <= 10 and "channels_1" not in sample.id]
+    return few[cells.index((dtype, layout.name)) * 5 :: len(few) // 4]
 
 
 @interpreted
