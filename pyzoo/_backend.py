@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 
-from pyzoo._ext import C, MissingCore, explain
+from pyzoo._ext import C, MissingCore
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # device -> what is tried, in this order
@@ -88,11 +88,9 @@ def why_not(backend: str, op: str, kernel: str, device: str) -> str | None:
             return "runs on a GPU; on CPU tensors only under TRITON_INTERPRET=1"
         return None
     if isinstance(C, MissingCore):
-        return explain(C.error)
-    if backend == "cuda" and not C.build_info()["cuda_archs"]:
-        return "the core was built without CUDA"
+        return "the core does not load"
     if not hasattr(C, f"{kernel}_{backend}"):
-        return f"no {kernel}_{backend} in the core"
+        return "not in the core"
     return None if device == backend else f"runs on {backend} tensors"
 
 
