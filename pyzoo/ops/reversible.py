@@ -1,8 +1,8 @@
 """The additive coupling of reversible blocks, and its inverse. Gomez et al., "The Reversible Residual Network", 2017,
 section 3 (https://arxiv.org/abs/1707.04585).
 
-These are no operators of the dispatcher: :mod:`pyzoo.nn.reversible` calls them where no graph is recorded, and they
-write in place wherever nobody else holds the memory.
+These are no operators of the dispatcher: :mod:`pyzoo.nn._reversible_function` calls them where no graph is recorded,
+and they write in place wherever nobody else holds the memory.
 """
 
 from __future__ import annotations
