@@ -83,7 +83,7 @@ def case_table(selected: list[tuple]) -> Table:
     for name in ("op", "case", "direction", "size", "quick"):
         table.add_column(name, no_wrap=True)
     for spec, case in selected:
-        direction = "backward" if case.backward else "forward"
+        direction = "step" if case.step else "backward" if case.backward else "forward"
         table.add_row(spec.name, case.id, direction, f"{case.size:g}", "yes" if case.quick else "")
     return table
 

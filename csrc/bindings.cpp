@@ -9,7 +9,7 @@
 #include "gram_matrix/gram_matrix_bind.h"
 #include "masked_conv2d/masked_conv2d_bind.h"
 #include "nms/nms_bind.h"
-#include "pixelcnn_sampler/pixelcnn_sampler_bind.h"
+#include "pixelcnn_sample/pixelcnn_sample_bind.h"
 #include "reversible/reversible_bind.h"
 #include "roi_align/roi_align_bind.h"
 #include "roi_pool/roi_pool_bind.h"
@@ -28,7 +28,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_nms(m);
   pyzoo::register_channel_sum(m);
   pyzoo::register_masked_conv2d(m);
-  pyzoo::register_pixelcnn_sampler(m);
+  pyzoo::register_pixelcnn_sample(m);
   pyzoo::register_gram_matrix(m);
   pyzoo::register_spatial_pyramid_pool2d(m);
   pyzoo::register_depthwise_conv2d(m);

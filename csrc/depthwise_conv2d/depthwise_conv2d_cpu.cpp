@@ -11,18 +11,6 @@
 
 namespace pyzoo {
 
-namespace {
-
-// A weight [C, 1, KH, KW] or a bias [C], in the type of the sums.
-template <class T>
-std::vector<acc_t<T>> widen(const T* from, int64_t n) {
-  std::vector<acc_t<T>> to(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-  return to;
-}
-
-}  // namespace
-
 #define PZ_KERNEL "depthwise_conv2d/depthwise_conv2d_cpu.inc"
 #include "common/foreach_isa.h"
 
@@ -33,10 +21,11 @@ void gather(const FeatureMap& from, const Tensor& weight, const Tensor* bias, co
   const int64_t bytes = to.images * to.channels * to.pixels() * dtype_size(to.dtype);
   if (bytes == 0) return;
   prefer_huge_pages(to.data, bytes);
-  dispatch_floating(to.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    PZ_FOR_ISA_OF(T, template gather_all<T>)(how, from, weight.ptr<const T>(), bias ? bias->ptr<const T>() : nullptr, to);
-  });
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    PZ_FOR_ISA_OF(A, template gather_all<A>)(how, from, weight, bias, to);
+  };
+  to.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
 }  // namespace

@@ -21,10 +21,11 @@ void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& in
   const int64_t kh = grad_weight.shape[2], kw = grad_weight.shape[3];
   const Gather how{forward_axis(from.height, grad.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
                    forward_axis(from.width, grad.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, Activation::none};
-  dispatch_floating(from.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    PZ_FOR_ISA_OF(T, template weight_gradient<T>)(how, from, grad, grad_weight.ptr<T>());
-  });
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    PZ_FOR_ISA_OF(A, template weight_gradient<A>)(how, from, grad, grad_weight);
+  };
+  from.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
 }  // namespace pyzoo

@@ -44,6 +44,16 @@ T round_down(double x) {
   return double(y) > x ? std::nextafter(y, -std::numeric_limits<T>::infinity()) : y;
 }
 
+// What an overlap must be above; and a little less, to tell most overlaps that are not by a product instead of a quotient. Rounding is
+// monotonic, so intersection < low * union, computed, implies that the quotient, computed, is not above; but for thresholds near the
+// least T, where rounding is coarse, and for negative ones, where areas may be anything: there low is NaN, which tells nothing.
+template <class T>
+struct Threshold {
+  T exact, low;
+
+  explicit Threshold(double x) : exact(round_down<T>(x)), low(x > 1e-30 ? T(x * (1 - 1e-5)) : std::numeric_limits<T>::quiet_NaN()) {}
+};
+
 // Uninitialised memory.
 template <class T>
 using Array = std::unique_ptr<T[]>;

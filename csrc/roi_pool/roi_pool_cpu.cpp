@@ -15,6 +15,13 @@ namespace {
 
 constexpr int kMostPositions = 255;  // pixels of a bin whose positions fit a byte, and leave 255 for none
 
+constexpr struct Count {
+  int32_t from_zero[kMostPositions] = {};
+  constexpr Count() {
+    for (int i = 0; i < kMostPositions; ++i) from_zero[i] = i;
+  }
+} kCount;
+
 struct Span {
   int32_t begin, end;
 };
@@ -97,14 +104,14 @@ struct BinPixels {
   };
   std::vector<Range> bins;
   std::vector<int64_t> at;
-  std::vector<int32_t> pixel;  // y * width + x
+  std::vector<int32_t> number;  // y * width + x
 
   // Those of the given rows of bins that lie in the given rows of pixels. Pixel (y, x) is at y * row_stride + x * pixel_stride - origin.
   BinPixels(const BoxBins& box, Span bin_rows, Span rows, int64_t row_stride, int64_t pixel_stride, int64_t origin = 0) {
     each(box, bin_rows, rows, row_stride, pixel_stride, at, [origin](int64_t offset) { return offset - origin; });
   }
-  void add_numbers(const BoxBins& box, const FeatureMap& map) {
-    each(box, {0, box.bins_y}, {0, int32_t(map.height)}, map.width, 1, pixel, [](int64_t offset) { return int32_t(offset); });
+  void add_numbers(const BoxBins& box, Span bin_rows, const FeatureMap& map) {
+    each(box, bin_rows, {0, int32_t(map.height)}, map.width, 1, number, [](int64_t offset) { return int32_t(offset); });
   }
   // Where in the list the pixel of a position in the bin is, -1 if nowhere.
   static int32_t find(const Range& bin, int32_t position) {
@@ -187,6 +194,7 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
     check(std::equal(output.shape, output.shape + 4, argmax->shape) && std::equal(output.stride, output.stride + 4, argmax->stride),
           "argmax must have the shape and layout of output");
   }
+  check(!argmax || !positions, "argmax and positions exclude each other");
   if (positions) check_positions(*positions, pooled);
   const std::vector<int32_t> image = boxes.images(map.images);
   if (output.numel() == 0) return true;
@@ -198,13 +206,8 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
     const std::vector<FeatureMap> maps{map};
     const BinTable table(g, boxes, image, spatial_scale, pooled, map);
     has_positions = table.largest_bin <= kMostPositions;
-    if (argmax) {
-      PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, argmax->ptr<int32_t>());
-    } else if (positions && has_positions) {
-      PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, positions->ptr<uint8_t>());
-    } else {
-      PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, static_cast<void*>(nullptr));
-    }
+    PZ_FOR_ISA_OF(T, template roi_pool_fwd<T>)(maps, table, image, pooled, positions && has_positions ? positions->ptr<uint8_t>() : nullptr,
+                                               argmax ? argmax->ptr<int32_t>() : nullptr);
   });
   return has_positions;
 }

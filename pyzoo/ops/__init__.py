@@ -11,7 +11,7 @@ from pyzoo.ops.gram_matrix import (
 )
 from pyzoo.ops.masked_conv2d import MaskedConv2d, masked_conv2d, masked_conv2d_reference
 from pyzoo.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
-from pyzoo.ops.pixelcnn_sampler import (
+from pyzoo.ops.pixelcnn_sample import (
     PixelCNNLayer,
     PixelCNNNetwork,
     pixelcnn_logits_reference,

@@ -1,8 +1,8 @@
 """The additive coupling of reversible blocks, and its inverse. Gomez et al., "The Reversible Residual Network", 2017,
 section 3 (https://arxiv.org/abs/1707.04585).
 
-These are no operators of the dispatcher: :mod:`pyzoo.nn.reversible` calls them where no graph is recorded, and they
-write in place wherever nobody else holds the memory.
+These are no operators of the dispatcher: :mod:`pyzoo.nn._reversible_function` calls them where no graph is recorded,
+and they write in place wherever nobody else holds the memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def couple(x: Tensor, update: Tensor, out: Tensor | None = None) -> Tensor:
     """x + update, written to ``out`` or over ``x``."""
     out = _target(x) if out is None else out
     update = _fit(update, x)
-    if _has_kernel(x, update, out):
+    if _has_kernel(x, update):
         C.reversible_fwd_cpu(x, update, out)
         return out
     return torch.add(x, update, out=out)
@@ -72,7 +72,7 @@ def uncouple(y: Tensor, update: Tensor) -> Tensor:
     """y - update, written over ``y``."""
     out = _target(y)
     update = _fit(update, y)
-    if _has_kernel(y, update, out):
+    if _has_kernel(y, update):
         C.reversible_inv_cpu(y, update, out)
         return out
     return torch.sub(y, update, out=out)
@@ -82,7 +82,7 @@ def uncouple_with_grad(y: Tensor, update: Tensor, grad_y: Tensor, grad_update: T
     """(y - update, grad_y + grad_update) in one go, written over ``y`` and ``grad_y``."""
     x, grad_x = _target(y), _target(grad_y)
     update, grad_update = _fit(update, y), _fit(grad_update, grad_y)
-    if _has_kernel(y, update, x, grad_y, grad_update, grad_x):
+    if _has_kernel(y, update, grad_y, grad_update):
         C.reversible_bwd_cpu(y, update, x, grad_y, grad_update, grad_x)
         return x, grad_x
     return torch.sub(y, update, out=x), torch.add(grad_y, grad_update, out=grad_x)

@@ -135,7 +135,7 @@ def bench(rows=BENCH):
 
 
 SPEC = OpSpec(
-    name="reversible",
+    name="reversible_vs_stored",
     op=reversible,
     reference=stored,
     samples=None,
@@ -149,10 +149,10 @@ SPEC = OpSpec(
 )
 CHECKPOINT = replace(
     SPEC,
-    name="reversible_checkpoint",
+    name="reversible_vs_checkpoint",
     bench=lambda: bench((*BENCH[:GROWTH], BENCH[-1])),
     peer=checkpointed,
     peer_name="torch.utils.checkpoint",
 )
 if importlib.util.find_spec("memcnn"):
-    MEMCNN = replace(CHECKPOINT, name="reversible_memcnn", peer=memcnn_step, peer_name="memcnn")
+    MEMCNN = replace(CHECKPOINT, name="reversible_vs_memcnn", peer=memcnn_step, peer_name="memcnn")

@@ -4,11 +4,11 @@
 #include <tuple>
 
 #include "common/tensor_caster.h"
-#include "pixelcnn_sampler/pixelcnn_sampler.h"
+#include "pixelcnn_sample/pixelcnn_sample.h"
 
 namespace pyzoo {
 
-inline void register_pixelcnn_sampler(py::module_& m) {
+inline void register_pixelcnn_sample(py::module_& m) {
   using namespace py::literals;
   using Condition = std::optional<Tensor>;
   using Layer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Condition, Condition, bool>;

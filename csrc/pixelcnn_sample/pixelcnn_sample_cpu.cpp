@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/vec.h"
-#include "pixelcnn_sampler/pixelcnn_sampler.h"
+#include "pixelcnn_sample/pixelcnn_sample.h"
 
 namespace pyzoo {
 
@@ -30,7 +30,7 @@ struct SampledImages {
 
 }  // namespace
 
-#define PZ_KERNEL "pixelcnn_sampler/pixelcnn_sampler_cpu.inc"
+#define PZ_KERNEL "pixelcnn_sample/pixelcnn_sample_cpu.inc"
 #include "common/foreach_isa.h"
 
 namespace {

@@ -1,7 +1,7 @@
 """PixelCNN sampling: networks, errors and benchmark cases.
 
 Not in the battery of ``tests/test_ops.py``, whose operators take a few tensors and have derivatives:
-``tests/test_pixelcnn_sampler.py`` asks what there is to ask of a sampler.
+``tests/test_pixelcnn_sample.py`` asks what there is to ask of a sampler.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 import pyzoo.ops
-from pyzoo.ops import PixelCNNLayer, PixelCNNNetwork, pixelcnn_sampler
+from pyzoo.ops import PixelCNNLayer, PixelCNNNetwork
+from pyzoo.ops.pixelcnn_sample import _draw, _flat, _logits, _masked
 from tests.specs import inputs
 from tests.specs.spec import BenchCase, ErrorSample, OpSpec
 
@@ -226,8 +227,8 @@ def draw_some(network, uniforms, image):
     for step in range(STEPS):
         at = (2 * step + 1) * height * width * channels // (2 * STEPS)
         (i, j), c = divmod(at // channels, width), at % channels
-        logits = pixelcnn_sampler._logits(network, image, condition)[:, c, :, i, j]
-        drawn[:, c, i, j] = pixelcnn_sampler._draw(logits, uniforms[:, c, i, j], 1.0)
+        logits = _logits(network, image, condition)[:, c, :, i, j]
+        drawn[:, c, i, j] = _draw(logits, uniforms[:, c, i, j], 1.0)
     return drawn
 
 
@@ -260,7 +261,7 @@ def bench():
         shape = (channels, levels, width, layers, 7, kernel, head)
 
         def make(shape=shape, images=images, size=size):
-            network = pixelcnn_sampler._masked(random_network(*shape, dtype=torch.float32))
+            network = _masked(random_network(*shape, dtype=torch.float32))
             uniforms = random_uniforms(images, network, size, size)
             image = pyzoo.ops.pixelcnn_sample(network, (images, size, size), uniforms=uniforms)
             return (network, uniforms, image), {}
@@ -271,7 +272,7 @@ def bench():
             f"{images} images {size}x{size}x{channels}",
             make,
             size=multiplications(network),
-            floor_bytes=4.0 * sum(t.numel() for t in pixelcnn_sampler._flat(network)),
+            floor_bytes=4.0 * sum(t.numel() for t in _flat(network)),
             floor_flops=2.0 * images * size * size * multiplications(network),
             quick=quick,
             peer_share=STEPS / (size * size * channels),

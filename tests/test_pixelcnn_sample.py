@@ -15,10 +15,10 @@ from pyzoo.ops import (
     pixelcnn_logits_reference,
     pixelcnn_sample,
     pixelcnn_sample_reference,
-    pixelcnn_sampler,
 )
+from pyzoo.ops.pixelcnn_sample import _UNKNOWN, _addends, _color_mask, _flat
 from tests.specs import inputs
-from tests.specs.pixelcnn_sampler import errors, network_errors, random_network, random_uniforms
+from tests.specs.pixelcnn_sample import errors, network_errors, random_network, random_uniforms
 
 ISAS = pytest.importorskip("pyzoo._C").build_info()["isas"]
 LOGITS = {torch.float64: 1e-12, torch.float32: 1e-5}  # in units of the largest logit
@@ -251,7 +251,7 @@ def test_masked_weights_are_not_looked_at():
 
     def spoil(weight, own, **mask):
         weight = weight.clone()
-        hidden = pixelcnn_sampler._color_mask(weight, 3, **mask)[..., 0, 0] == 0
+        hidden = _color_mask(weight, 3, **mask)[..., 0, 0] == 0
         assert hidden.any()
         weight[..., own][hidden] = torch.nan
         return weight
@@ -377,13 +377,13 @@ def test_logits_reference_errors():
 
 def operator_arguments(network, size=(2, 3, 4), return_logits=True):
     condition = random_condition(network, *size, ("vector", "map"))
-    addends = pixelcnn_sampler._addends("test", network, condition, *size)
+    addends = _addends("test", network, condition, *size)
     flat = [t for pair in addends for t in pair]
     images, height, width = size
-    start = torch.full((images, network.channels, height, width), pixelcnn_sampler._UNKNOWN)
+    start = torch.full((images, network.channels, height, width), _UNKNOWN)
     residual = [layer.residual for layer in network.layers]
     uniforms = random_uniforms(images, network, height, width)
-    return pixelcnn_sampler._flat(network), residual, flat, uniforms, start, 1.0, return_logits
+    return _flat(network), residual, flat, uniforms, start, 1.0, return_logits
 
 
 @pytest.mark.parametrize("return_logits", [False, True])
@@ -439,7 +439,7 @@ def test_core_guards_its_memory():
     """What Python has checked before; here as if it had not."""
     samples, uniforms = torch.zeros(1, 1, 2, 2, dtype=torch.int64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     network = random_network(1)
-    tensors = pixelcnn_sampler._flat(network)
+    tensors = _flat(network)
     layers = [(*tensors[8 * i : 8 * i + 8], None, None, i > 0) for i in range(3)]
     head = list(network.head)
     draw = pyzoo._C.pixelcnn_sample_cpu
