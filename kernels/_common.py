@@ -12,9 +12,9 @@ def wide(*dtypes: torch.dtype) -> tl.dtype:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
-def block(n: int, most: int, least: int = 1) -> int:
-    """The size of a block for ``n`` elements: the next power of 2, from ``least`` to ``most``."""
-    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+def block(n: int, most: int) -> int:
+    """The size of a block for ``n`` elements: the next power of 2, or ``most``."""
+    return min(triton.next_power_of_2(n), most)
 
 
 @triton.jit

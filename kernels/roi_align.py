@@ -69,7 +69,11 @@ def _sample_range(start, bin, grid, o_bin, low, high):
 @triton.jit
 def _interpolate(start, bin, grid, o_bin, i, size):
     """The two pixels around sample i of some bins, their weights, and whether the sample counts."""
-    x = start + o_bin * bin + divide((i.to(bin.dtype) + 0.5) * bin, tl.maximum(grid, 1.0) + tl.zeros_like(i).to(bin.dtype))
+    x = (
+        start
+        + o_bin * bin
+        + divide((i.to(bin.dtype) + 0.5) * bin, tl.maximum(grid, 1.0) + tl.zeros_like(i).to(bin.dtype))
+    )
     inside = (x >= -1.0) & (x <= size) & (size > 0)
     x = tl.where(inside, tl.maximum(x, 0.0), 0.0)
     low = tl.minimum(x.to(tl.int32), size - 1)
@@ -155,7 +159,9 @@ def _roi_align_fwd_kernel(
             total += (wy_high * wx_high).to(SUM)[:, None] * bottom_right
     mean = total / tl.maximum(grid_y * grid_x, 1.0).to(SUM)
     mean = tl.where(known, mean, float("nan"))  # a program cannot raise: an image that is not there shows
-    p_out = p_output + i_k * s_out_k + (o_ph * s_out_h + o_pw * s_out_w).to(tl.int64)[:, None] + (o_c * s_out_c)[None, :]
+    p_out = (
+        p_output + i_k * s_out_k + (o_ph * s_out_h + o_pw * s_out_w).to(tl.int64)[:, None] + (o_c * s_out_c)[None, :]
+    )
     tl.store(p_out, mean.to(p_output.dtype.element_ty), m_p[:, None] & m_c[None, :])
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 from pyzoo._ext import C, MissingCore
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton")
 DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # device -> what is tried, in this order
 
 forced: str | None = None
 
 
 class backend:
-    """Forces a backend: "cpu" (compiled), "cuda" (compiled), "triton", "reference" (plain PyTorch); None: none.
+    """Forces a backend: "cpu" (compiled), "cuda" (compiled), "triton"; None: none.
 
     Takes effect at once, for all threads; as a context manager, until its end. A backend that cannot run raises when an
     operator is called, and says why: nothing else takes its place. ``PYZOO_BACKEND`` forces one from the start. Triton
@@ -55,7 +55,13 @@ class Kernel:
     def __call__(self, device, *args):
         if forced is None and device.type == "cpu":
             return self._cpu(*args)
-        return self._find(device.type)(*args)
+        kernel = self._find(device.type)
+        if device.type == "cpu":
+            return kernel(*args)
+        import torch
+
+        with torch.get_device_module(device).device(device):
+            return kernel(*args)
 
     @functools.cached_property
     def _cpu(self) -> Callable:
@@ -77,8 +83,6 @@ class Kernel:
 
 def why_not(backend: str, op: str, kernel: str, device: str) -> str | None:
     """Why ``backend`` cannot run ``kernel`` of the slice ``op`` on tensors of ``device``, or None if it can."""
-    if backend == "reference":
-        return "it is plain PyTorch, which has no kernels"
     if backend == "triton":
         if not _has_module(f"pyzoo.kernels.{op}"):
             return "no kernel yet"

@@ -153,9 +153,7 @@ def expected_gradients_of(spec: OpSpec, dtype, sample: Sample):
     key = (spec.name, dtype, sample.id, "gradients")
     if key not in _expected:
         grad_output = random_like(spec.op(*sample.args, **sample.kwargs).detach())
-        _expected[key] = gradients(
-            spec.reference, spec, widened(spec, sample), grad_output=lambda _: grad_output
-        )[1]
+        _expected[key] = gradients(spec.reference, spec, widened(spec, sample), grad_output=lambda _: grad_output)[1]
     return _expected[key]
 
 

@@ -68,7 +68,7 @@ def test_a_forced_backend_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
         pyzoo.backend("triton"),
-        pytest.raises(NotImplementedError, match="roi_align_fwd: .* cpu tensors .*triton: runs on a GPU"),
+        pytest.raises(NotImplementedError, match=r"roi_align_fwd: .* cpu tensors .*triton: runs on a GPU"),
     ):
         pyzoo.ops.roi_align(torch.ones(2, 3, 4, 4), torch.zeros(1, 5), 2)
 

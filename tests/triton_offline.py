@@ -49,7 +49,9 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+        dump = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        )
     found = dict(re.findall(r"(\w+):(\d+)", dump.stdout))
     return {"registers": int(found["REG"]), "spilled": int(found["LOCAL"])}
 
@@ -63,7 +65,12 @@ def main(arch: int) -> None:
         compiled = compile(self, *args, grid=grid, warmup=True, **kwargs)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            about = {"kernel": self.__name__, "slice": self.module.rpartition(".")[2], "case": case.id, "dtype": str(dtype)}
+            about = {
+                "kernel": self.__name__,
+                "slice": self.module.rpartition(".")[2],
+                "case": case.id,
+                "dtype": str(dtype),
+            }
             print(json.dumps({**about, **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared}))
 
     JITFunction.run = compile_only
