@@ -6,7 +6,7 @@ Submodules load when first used, so ``import pyzoo`` is fast and needs no torch.
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "compat", "info", "nn", "numpy", "ops", "patch"]
+__all__ = ["accelerate", "backend", "compat", "info", "nn", "numpy", "ops", "patch"]
 
 
 def __getattr__(name: str):
@@ -18,6 +18,10 @@ def __getattr__(name: str):
         from pyzoo._accelerate import accelerate
 
         return accelerate
+    if name == "backend":
+        from pyzoo._backend import backend
+
+        return backend
     if name in __all__:
         return importlib.import_module(f"pyzoo.{name}")
     raise AttributeError(f"module 'pyzoo' has no attribute {name!r}")

@@ -6,12 +6,14 @@ Nothing that is missing or broken stops it: each part that cannot be had says wh
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any
+
+from pyzoo import _backend
+from pyzoo._backend import BACKENDS
 
 OPS = {  # operator -> what the core needs for it, up to the name of the device
     "roi_align": ("roi_align_fwd", "roi_align_bwd"),
@@ -31,7 +33,6 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     ),
     "pixelcnn_sample": ("pixelcnn_sample",),
 }
-BACKENDS = ("cpu", "cuda", "triton", "reference")
 YES = "yes"
 
 
@@ -42,7 +43,7 @@ def collect() -> dict[str, Any]:
     versions |= {name: _version(name) for name in ("numpy", "torch", "torchvision", "triton")}
     versions["cuda"] = _cuda()
     core = _core()
-    return {"versions": versions, "core": core, "ops": _ops(core, versions), "threads": _threads()}
+    return {"versions": versions, "core": core, "ops": _ops(versions), "threads": _threads()}
 
 
 def _version(package: str) -> str:
@@ -88,41 +89,28 @@ def _core() -> dict[str, Any]:
         build = _ext.C.build_info()
     except Exception as error:  # PYZOO_CPU_ISA names an instruction set that is not here
         return {"error": f"the core does not start: {error}"}
-    return {**build, "file": _ext.C.__file__, "kernels": [n for n in dir(_ext.C) if not n.startswith("_")]}
+    return {**build, "file": _ext.C.__file__}
 
 
-def _ops(core: dict, versions: dict) -> dict[str, dict[str, str]]:
-    has_torch = versions["torch"][0].isdigit()
+def _ops(versions: dict) -> dict[str, dict[str, str]]:
+    """Where an operator's tensors may be: the CPU for "cpu", a GPU for the others. What is missing says why."""
 
-    def compiled(device: str, kernels: tuple[str, ...]) -> str:
-        if "error" in core:
-            return "the core does not load"
-        if device == "cuda" and not core["cuda_archs"]:
-            return "built without CUDA"
-        missing = [f"{kernel}_{device}" for kernel in kernels if f"{kernel}_{device}" not in core["kernels"]]
-        return f"no {', '.join(missing)} in the core" if missing else YES
+    reference = YES if versions["torch"][0].isdigit() else f"torch: {versions['torch']}"
 
-    def triton(op: str) -> str:
-        if not _has_module(f"pyzoo.kernels.{op}"):
-            return "no kernel yet"
-        return YES if versions["triton"][0].isdigit() else f"triton: {versions['triton']}"
+    def status(backend: str, slice: str, kernels: tuple[str, ...]) -> str:
+        device = "cpu" if backend == "cpu" else "cuda"
+        reasons = (_backend.why_not(backend, slice, kernel, device) for kernel in kernels)
+        return next((reason for reason in reasons if reason), YES)
 
     return {
-        op: {
-            "cpu": compiled("cpu", kernels),
-            "cuda": compiled("cuda", kernels),
-            "triton": triton(op),
-            "reference": YES if has_torch else f"torch: {versions['torch']}",
-        }
+        op: {b: status(b, _slice(op), kernels) for b in BACKENDS} | {"reference": reference}
         for op, kernels in OPS.items()
     }
 
 
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its package is missing
-        return False
+def _slice(op: str) -> str:
+    """The folder of csrc/ and the file of kernels/ that an operator has its kernels in."""
+    return {"multiscale_roi_align": "roi_align", "batched_nms": "nms", "gram_loss": "gram_matrix"}.get(op, op)
 
 
 def _threads() -> dict[str, Any]:
@@ -169,7 +157,8 @@ def render(info: dict[str, Any]) -> str:
         note = "" if len(runtimes) < 2 else "   (more than one: expect slow and oversubscribed threads)"
         lines.append(f"runtimes     {', '.join(runtimes) or 'no OpenMP'}{note}")
 
-    rows = [["op", *BACKENDS], *([op, *(status[b] for b in BACKENDS)] for op, status in info["ops"].items())]
+    backends = (*BACKENDS, "reference")
+    rows = [["op", *backends], *([op, *(status[b] for b in backends)] for op, status in info["ops"].items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)]
     return "\n".join(lines)

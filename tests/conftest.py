@@ -12,6 +12,11 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter: it has to be known before Triton is first imported.
+INTERPRET_TRITON = not torch.cuda.is_available()
+if INTERPRET_TRITON:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = (  # the columns of the matrix, and the values of @pytest.mark.capability
     "forward",

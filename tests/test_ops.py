@@ -148,6 +148,15 @@ def gradients(op, spec, sample, *, grad_output=None, create_graph=False):
     return out, torch.autograd.grad(out, leaves, grad_output.to(out.dtype), create_graph=create_graph)
 
 
+def expected_gradients_of(spec: OpSpec, dtype, sample: Sample):
+    """The same for the gradients that :func:`gradients` takes."""
+    key = (spec.name, dtype, sample.id, "gradients")
+    if key not in _expected:
+        grad_output = random_like(spec.op(*sample.args, **sample.kwargs).detach())
+        _expected[key] = gradients(spec.reference, spec, widened(spec, sample), grad_output=lambda _: grad_output)[1]
+    return _expected[key]
+
+
 def widened(spec: OpSpec, sample: Sample) -> Sample:
     args = [widen(arg) if i in spec.differentiable else arg for i, arg in enumerate(sample.args)]
     return Sample(sample.id, tuple(args), sample.kwargs)
@@ -195,13 +204,7 @@ def test_output_keeps_dtype_and_layout(spec, dtype, layout):
 def test_backward_matches_reference(spec, dtype, layout, poison):
     for sample in samples(spec, dtype, layout, only=finite):
         _, actual = gradients(spec.op, spec, sample)
-        key = (spec.name, dtype, sample.id, "gradients")
-        if key not in _expected:
-            grad_output = random_like(spec.op(*sample.args, **sample.kwargs))
-            _expected[key] = gradients(
-                spec.reference, spec, widened(spec, sample), grad_output=lambda _, g=grad_output: g
-            )[1]
-        check(spec, actual, _expected[key], sample.id)
+        check(spec, actual, expected_gradients_of(spec, dtype, sample), sample.id)
 
 
 @capability("backward")

@@ -7,7 +7,9 @@ has them too.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 
@@ -33,22 +35,23 @@ def _key_set(*names: str) -> int:
     return keys.raw_repr()
 
 
-_PLAIN_TENSOR = _key_set("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
+_DEVICES = ("CPU", "CUDA", "XPU")
+_PLAIN_TENSORS = [_key_set(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}") for device in _DEVICES]
 _PLAIN_STATE = _key_set("BackendSelect", "ADInplaceOrView")
 _PLAIN_TYPES = (Tensor, nn.Parameter)
-_NOT_PLAIN = ~(_PLAIN_TENSOR | _PLAIN_STATE)
+_NOT_PLAIN = ~functools.reduce(operator.or_, _PLAIN_TENSORS, _PLAIN_STATE)
 
 
 def _is_plain(tensors: Sequence) -> bool:
-    """Nothing but autograd and autocast stands between the caller of an operator on ``tensors`` and its CPU kernel.
+    """Nothing but autograd and autocast stands between the caller of an operator on ``tensors`` and its kernel.
 
-    The keys of a tensor tell a plain one from a sparse, negated, batched, functional or wrapped one and from one of
-    another device; those of the thread tell of modes, transforms and tracing.
+    The keys of a tensor tell a plain one from a sparse, negated, batched, functional or wrapped one; those of the
+    thread tell of modes, transforms and tracing.
     """
     if _included_keys().raw_repr() != _PLAIN_STATE:
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or _dispatch_keys(t).raw_repr() != _PLAIN_TENSOR):
+        if t is not None and (type(t) not in _PLAIN_TYPES or _dispatch_keys(t).raw_repr() not in _PLAIN_TENSORS):
             return False
     return True
 
@@ -91,12 +94,13 @@ class Operator:
         self.autocast = autocast
         self.cpu = self.apply = cpu
         lib.define(schema)
-        lib.impl(self.name, cpu, "CPU")
+        for device in _DEVICES:
+            lib.impl(self.name, cpu, device)
         torch.library.register_fake(f"pyzoo::{self.name}", fake, lib=lib)
         torch.library.register_vmap(f"pyzoo::{self.name}", vmap, lib=lib)
         self.op = getattr(torch.ops.pyzoo, self.name).default
         if autocast:
-            for device in ("CPU", "CUDA"):
+            for device in _DEVICES:
                 lib.impl(self.name, self._autocast_kernel(device), f"Autocast{device}")
         operators[self.name] = self
 
@@ -106,7 +110,7 @@ class Operator:
             or torch.autograd._profiler_enabled()
             or torch._C._len_torch_function_stack()
             or not _is_plain(args[: self.count])
-            or (self.autocast and torch.is_autocast_enabled("cpu"))
+            or (self.autocast and torch.is_autocast_enabled(args[0].device.type))
             or self._must_detach(args)
         ):
             return self.op(*args)

@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 from pyzoo.ops.channel_sum import channel_sum
 
 ACTIVATIONS = (None, "relu", "relu6")
+
+_fwd = Kernel("depthwise_conv2d", "depthwise_conv2d_fwd")
+_bwd_input = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_input")
+_bwd_weight = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_weight")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -156,7 +160,8 @@ def _fake(input, weight, bias, stride, padding, dilation, activation):
 def _cpu(input, weight, bias, stride, padding, dilation, activation):
     output = _fake(input, weight, bias, stride, padding, dilation, activation)
     multiplier = _multiplier(input.shape[1], weight.shape[0])
-    C.depthwise_conv2d_fwd_cpu(
+    _fwd(
+        input.device,
         _prepared(input, common.prefers_channels_last(input), multiplier),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -208,7 +213,7 @@ def _grad_input_cpu(grad_output, weight, channels, size, stride, padding, dilati
     if multiplier != 1:
         grads = common.empty((grad_output.shape[0], weight.shape[0], *size), grad_output, channels_last)
     grad_output = _prepared(grad_output, channels_last)
-    C.depthwise_conv2d_bwd_input_cpu(grad_output, weight.contiguous(), grads, stride, padding[::2], dilation)
+    _bwd_input(grad_output.device, grad_output, weight.contiguous(), grads, stride, padding[::2], dilation)
     if multiplier != 1:
         torch.sum(grads.unflatten(1, (channels, multiplier)), 2, out=grad_input)
     return grad_input
@@ -252,7 +257,7 @@ def _grad_weight_cpu(grad_output, input, kernel_size, stride, padding, dilation)
     last = common.prefers_channels_last(input)
     multiplier = _multiplier(input.shape[1], grad_output.shape[1])
     grad_output, input = _prepared(grad_output, last), _prepared(input, last, multiplier)
-    C.depthwise_conv2d_bwd_weight_cpu(grad_output, input, grad_weight, stride, padding[::2], dilation)
+    _bwd_weight(grad_output.device, grad_output, input, grad_weight, stride, padding[::2], dilation)
     return grad_weight
 
 

@@ -6,9 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
+
+_fwd = Kernel("gram_matrix", "gram_matrix_fwd")
+_bwd = Kernel("gram_matrix", "gram_matrix_bwd")
+_loss_fwd = Kernel("gram_matrix", "gram_loss_fwd")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -52,7 +56,7 @@ def _fake(features, normalize):
 
 def _cpu(features, normalize):
     gram = _fake(features, normalize)
-    C.gram_matrix_fwd_cpu(features, gram, normalize)
+    _fwd(features.device, features, gram, normalize)
     return gram
 
 
@@ -87,7 +91,7 @@ def _backward_fake(grad_gram, features, normalize):
 
 def _backward_cpu(grad_gram, features, normalize):
     grad_features = _backward_fake(grad_gram, features, normalize)
-    C.gram_matrix_bwd_cpu(grad_gram, features, grad_features, normalize)
+    _bwd(features.device, grad_gram, features, grad_features, normalize)
     return grad_features
 
 
@@ -207,7 +211,7 @@ def _loss_fake(features, target, normalize):
 
 def _loss_cpu(features, target, normalize):
     loss, difference = _loss_fake(features, target, normalize)
-    C.gram_loss_fwd_cpu(features, target, difference, loss, normalize)
+    _loss_fwd(features.device, features, target, difference, loss, normalize)
     return loss, difference
 
 

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 from pyzoo.ops.channel_sum import channel_sum
 
 MASKS = ("A", "B", "vertical_a", "vertical_b", "horizontal_a", "horizontal_b")
 ALIASES = {"vertical": "vertical_b", "horizontal": "horizontal_b"}
+
+_fwd = Kernel("masked_conv2d", "masked_conv2d_fwd")
+_bwd_input = Kernel("masked_conv2d", "masked_conv2d_bwd_input")
+_bwd_weight = Kernel("masked_conv2d", "masked_conv2d_bwd_weight")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -157,7 +161,7 @@ def _fake(input, weight, bias, *config):
 
 def _cpu(input, weight, bias, *config):
     output = _fake(input, weight, bias, *config)
-    C.masked_conv2d_fwd_cpu(input, weight.contiguous(), None if bias is None else bias.contiguous(), output, *config)
+    _fwd(input.device, input, weight.contiguous(), None if bias is None else bias.contiguous(), output, *config)
     return output
 
 
@@ -169,7 +173,7 @@ def _input_fake(grad_output, weight, channels_last, *config):
 
 def _input_cpu(grad_output, weight, channels_last, *config):
     grad_input = _input_fake(grad_output, weight, channels_last, *config)
-    C.masked_conv2d_bwd_input_cpu(grad_output, weight.contiguous(), grad_input, *config)
+    _bwd_input(grad_output.device, grad_output, weight.contiguous(), grad_input, *config)
     return grad_input
 
 
@@ -189,7 +193,7 @@ def _weight_fake(grad_output, input, kernel_height, kernel_width, *config):
 
 def _weight_cpu(grad_output, input, *rest):
     grad_weight = _weight_fake(grad_output, input, *rest)
-    C.masked_conv2d_bwd_weight_cpu(grad_output, input, grad_weight, *rest[2:])
+    _bwd_weight(grad_output.device, grad_output, input, grad_weight, *rest[2:])
     return grad_weight
 
 

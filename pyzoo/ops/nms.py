@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Operator
+
+_kernel = Kernel("nms", "nms")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -115,13 +117,13 @@ def _detached(x):
 
 def _kept(boxes, scores, idxs, iou_threshold, shift_classes):
     keep = boxes.new_empty(boxes.shape[0], dtype=torch.int64)
-    count = C.nms_cpu(_detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
+    count = _kernel(boxes.device, _detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
     return keep.resize_(count)
 
 
 def _kept_padded(boxes, scores, idxs, iou_threshold, max_output, shift_classes):
     keep = torch.empty((*boxes.shape[:-2], max_output), dtype=torch.int64, device=boxes.device)
-    count = C.nms_cpu(_detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
+    count = _kernel(boxes.device, _detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
     return keep, torch.tensor(count, dtype=torch.int64, device=boxes.device)
 
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 
 Condition = Sequence[tuple[Tensor | None, Tensor | None]]
+
+_kernel = Kernel("pixelcnn_sample", "pixelcnn_sample")
 
 # -------------------------------------------------------------------------------------------------------- description
 
@@ -425,7 +427,9 @@ def _cpu(weights, residual, condition, uniforms, start, temperature, return_logi
         for layer, on_vertical, on_horizontal in zip(network.layers, condition[::2], condition[1::2], strict=True)
     ]
     head = [(convert(weight), convert(bias)) for weight, bias in network.head]
-    C.pixelcnn_sample_cpu(layers, head, uniforms.contiguous(), samples, logits if return_logits else None, temperature)
+    _kernel(
+        samples.device, layers, head, uniforms.contiguous(), samples, logits if return_logits else None, temperature
+    )
     return samples, logits
 
 

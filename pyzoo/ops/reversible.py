@@ -53,7 +53,7 @@ def _has_kernel(*tensors: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or tensors[0].dim() > _MAX_DIMS:
         return False
     for t in tensors:
-        if type(t) is not Tensor or common._dispatch_keys(t).raw_repr() & ~common._PLAIN_TENSOR:
+        if type(t) is not Tensor or common._dispatch_keys(t).raw_repr() & ~common._PLAIN_TENSORS[0]:
             return False
     return True
 

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
+
+_fwd = Kernel("roi_align", "roi_align_fwd")
+_bwd = Kernel("roi_align", "roi_align_bwd")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -135,7 +138,7 @@ def _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_rat
 
 def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
     output = common.new_pooled("roi_align", input, boxes, spatial_scale, pooled_height, pooled_width)
-    C.roi_align_fwd_cpu([input], boxes, output, [spatial_scale], sampling_ratio, aligned, None)
+    _fwd(boxes.device, [input], boxes, output, [spatial_scale], sampling_ratio, aligned, None)
     return output
 
 
@@ -166,7 +169,7 @@ def _backward_cpu(grad_output, boxes, scale, pooled_height, pooled_width, batch_
         grad_output, boxes, scale, pooled_height, pooled_width, batch_size, channels, height, width, *rest
     )
     sampling_ratio, aligned, _ = rest
-    C.roi_align_bwd_cpu(grad_output, boxes, [grad_input], [scale], sampling_ratio, aligned, None)
+    _bwd(boxes.device, grad_output, boxes, [grad_input], [scale], sampling_ratio, aligned, None)
     return grad_input
 
 
@@ -327,7 +330,7 @@ def _multiscale_fake(inputs, boxes, pooled_height, pooled_width, spatial_scales,
 def _multiscale_cpu(inputs, boxes, pooled_height, pooled_width, spatial_scales, sampling_ratio, aligned, *canonical):
     output = _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
     level_map = _level_map(spatial_scales, *canonical)
-    C.roi_align_fwd_cpu(inputs, boxes, output, spatial_scales, sampling_ratio, aligned, level_map)
+    _fwd(boxes.device, inputs, boxes, output, spatial_scales, sampling_ratio, aligned, level_map)
     return output
 
 
@@ -360,7 +363,7 @@ def _multiscale_backward_cpu(grad_output, boxes, *args):
     grad_inputs = _multiscale_backward_fake(grad_output, boxes, *args)
     spatial_scales, sampling_ratio, aligned, *canonical, _ = args[5:]
     level_map = _level_map(spatial_scales, *canonical)
-    C.roi_align_bwd_cpu(grad_output, boxes, grad_inputs, spatial_scales, sampling_ratio, aligned, level_map)
+    _bwd(boxes.device, grad_output, boxes, grad_inputs, spatial_scales, sampling_ratio, aligned, level_map)
     return grad_inputs
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator, _is_plain
+
+_fwd = Kernel("roi_pool", "roi_pool_fwd")
+_bwd = Kernel("roi_pool", "roi_pool_bwd")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -89,7 +92,7 @@ def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
 
 def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
     output = common.new_pooled("roi_pool", input, boxes, spatial_scale, pooled_height, pooled_width)
-    C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale)
+    _fwd(input.device, input, boxes, output, None, spatial_scale)
     return output
 
 
@@ -116,7 +119,7 @@ def _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width):
 def _argmax_cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
     argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
     output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
-    C.roi_pool_fwd_cpu(input.detach(), boxes.detach(), output, argmax, spatial_scale)
+    _fwd(input.device, input.detach(), boxes.detach(), output, argmax, spatial_scale)
     return argmax
 
 
@@ -144,7 +147,7 @@ def _backward_fake(grad_output, boxes, input, positions, spatial_scale):
 
 def _backward_cpu(grad_output, boxes, input, positions, spatial_scale):
     grad_input = _backward_fake(grad_output, boxes, input, positions, spatial_scale)
-    C.roi_pool_bwd_cpu(grad_output, input, boxes, grad_input, spatial_scale, positions)
+    _bwd(input.device, grad_output, input, boxes, grad_input, spatial_scale, positions)
     return grad_input
 
 
@@ -175,7 +178,7 @@ def _pool_with_positions(input, boxes, spatial_scale, pooled_height, pooled_widt
     features. None for bins of more than 255 pixels."""
     output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
     positions = input.new_empty((boxes.shape[0], pooled_height * pooled_width, input.shape[1]), dtype=torch.uint8)
-    fit = C.roi_pool_fwd_cpu(input, boxes, output, None, spatial_scale, positions)
+    fit = _fwd(input.device, input, boxes, output, None, spatial_scale, positions)
     return output, positions if fit else None
 
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyzoo._ext import C
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 
 Levels = Sequence[int | tuple[int, int]]
+
+_fwd = Kernel("spatial_pyramid_pool2d", "spatial_pyramid_pool2d_fwd")
+_bwd = Kernel("spatial_pyramid_pool2d", "spatial_pyramid_pool2d_bwd")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -85,7 +88,7 @@ def _fake(input, levels, average):
 
 def _cpu(input, levels, average):
     output = _new_output(input, levels)
-    C.spatial_pyramid_pool2d_fwd_cpu(input, levels, output, None, average)
+    _fwd(input.device, input, levels, output, None, average)
     return output
 
 
@@ -106,7 +109,7 @@ def _argmax_fake(input, levels):
 
 def _argmax_cpu(input, levels):
     output, argmax = _argmax_fake(input, levels)
-    C.spatial_pyramid_pool2d_fwd_cpu(input, levels, output, argmax, False)
+    _fwd(input.device, input, levels, output, argmax, False)
     return output, argmax
 
 
@@ -137,7 +140,7 @@ def _backward_fake(grad_output, argmax, levels, channels, height, width, channel
 def _backward_cpu(grad_output, argmax, levels, *size):
     grad_input = _backward_fake(grad_output, argmax, levels, *size)
     argmax = None if argmax is None else argmax.contiguous()
-    C.spatial_pyramid_pool2d_bwd_cpu(grad_output.contiguous(), argmax, levels, grad_input)
+    _bwd(grad_output.device, grad_output.contiguous(), argmax, levels, grad_input)
     return grad_input
 
 

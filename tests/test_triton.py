@@ -1,0 +1,91 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs that are not here.
+
+On a machine with a GPU the interpreter is not used: there ``PYZOO_BACKEND=triton`` runs all of ``test_ops.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyzoo
+from tests import test_ops
+from tests.conftest import INTERPRET_TRITON
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+SLICES = {path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")}
+SPECS = [spec for spec in test_ops.SPECS if spec.op.__module__.rpartition(".")[2] in SLICES]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on what a mask then drops
+interpreted = pytest.mark.skipif(not INTERPRET_TRITON, reason="there is a GPU")
+
+
+@pytest.fixture
+def triton():
+    with pyzoo.backend("triton"):
+        yield
+
+
+def some(found: list, spec, dtype, layout) -> list:
+    """Four samples, others for each dtype and layout: the interpreter takes a millisecond a statement."""
+    cells = [(d, at.name) for d in spec.dtypes for at in test_ops.layouts(spec)]
+    few = [sample for sample in found if len(sample.args[1]) <= 10 and "channels_1" not in sample.id]
+    return few[cells.index((dtype, layout.name)) * 5 :: len(few) // 4]
+
+
+@interpreted
+@test_ops.each_cell(SPECS)
+def test_forward(spec, dtype, layout, triton, poison):
+    for sample in some(test_ops.samples(spec, dtype, layout), spec, dtype, layout):
+        actual = spec.op(*sample.args, **sample.kwargs)
+        test_ops.check(spec, actual, test_ops.expected_of(spec, dtype, sample), sample.id)
+
+
+@interpreted
+@test_ops.each_cell([spec for spec in SPECS if spec.differentiable])
+def test_backward(spec, dtype, layout, triton, poison):
+    for sample in some(test_ops.samples(spec, dtype, layout, only=test_ops.finite), spec, dtype, layout):
+        _, actual = test_ops.gradients(spec.op, spec, sample)
+        test_ops.check(spec, actual, test_ops.expected_gradients_of(spec, dtype, sample), sample.id)
+
+
+@interpreted
+def test_image_out_of_range_shows(triton):
+    """A kernel on a GPU cannot raise."""
+    boxes = torch.tensor([[2.0, 0, 0, 3, 3], [-1, 0, 0, 3, 3], [float("nan"), 0, 0, 3, 3], [1, 0, 0, 3, 3]])
+    out = pyzoo.ops.roi_align(torch.ones(2, 3, 4, 4), boxes, 2)
+    assert out.isnan().flatten(1).all(1).tolist() == [True, True, True, False]
+
+
+def test_a_forced_backend_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with (
+        pyzoo.backend("triton"),
+        pytest.raises(NotImplementedError, match=r"roi_align_fwd: .* cpu tensors .*triton: runs on a GPU"),
+    ):
+        pyzoo.ops.roi_align(torch.ones(2, 3, 4, 4), torch.zeros(1, 5), 2)
+
+
+# ---------------------------------------------------------------------------------------------------- without running
+
+LIMITS = {"registers": 255, "spilled": 0, "shared": 99 << 10}  # what a block may have on every GPU since Ampere
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_for_gpus_that_are_not_here(arch, tmp_path):
+    """For the shapes of the quick benchmarks. docs/triton.json has what each kernel takes, by architecture."""
+    program = [sys.executable, "-m", "tests.triton_offline", str(arch)]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["slice"] for kernel in kernels} == {spec.op.__module__.rpartition(".")[2] for spec in SPECS}
+    for kernel in kernels:
+        assert all(kernel[name] <= most for name, most in LIMITS.items()), kernel
