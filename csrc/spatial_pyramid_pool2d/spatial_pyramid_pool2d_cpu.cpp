@@ -43,6 +43,7 @@ struct Pyramid {
       for (int64_t i = 0; i < bins; ++i) spans[i] = {bin_begin(i, bins, size), bin_end(i, bins, size)};
       return spans;
     };
+    levels.reserve(sizes.size() / 2);
     for (size_t i = 0; i < sizes.size(); i += 2) {
       const int64_t h = sizes[i], w = sizes[i + 1];
       check(h >= 1 && w >= 1 && h <= INT32_MAX && w <= INT32_MAX, "levels must be positive and below 2^31");
@@ -62,13 +63,12 @@ struct Step {
 
 // The runs of pixels that no border of a bin divides.
 std::vector<Span> cut_between(const std::vector<const std::vector<Span>*>& axes) {
-  std::vector<int64_t> cuts;
+  std::vector<char> border(size_t(axes[0]->back().end) + 1);
   for (const std::vector<Span>* axis : axes)
-    for (const Span& bin : *axis) cuts.insert(cuts.end(), {bin.begin, bin.end});
-  std::sort(cuts.begin(), cuts.end());
-  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    for (const Span& bin : *axis) border[size_t(bin.begin)] = border[size_t(bin.end)] = 1;
   std::vector<Span> spans;
-  for (size_t i = 1; i < cuts.size(); ++i) spans.push_back({cuts[i - 1], cuts[i]});
+  for (int64_t i = 1, begin = 0; i < int64_t(border.size()); ++i)
+    if (border[size_t(i)]) spans.push_back({begin, i}), begin = i;
   return spans;
 }
 
@@ -100,16 +100,20 @@ struct Plan {
   // A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does
   // not mind that these may overlap by a pixel; the mean does.
   Plan(const Pyramid& pyramid, const FeatureMap& map, bool average) : bins(pyramid.bins) {
-    const int64_t height = map.height, width = map.width;
-    for (const Level& level : pyramid.levels) steps.push_back({&level, nullptr, level.y, level.x});
-    std::stable_sort(steps.begin(), steps.end(), [](const Step& a, const Step& b) { return a.level->bins() > b.level->bins(); });
-    for (size_t i = 1; i < steps.size(); ++i)
-      for (size_t j = 0; j < i; ++j) {  // the coarsest one is kept
-        const Level &level = *steps[i].level, &finer = *steps[j].level;
-        if (average && (height % finer.height != 0 || width % finer.width != 0)) continue;
-        if (finer.height % level.height != 0 || finer.width % level.width != 0) continue;
-        steps[i] = {&level, &finer, groups(finer.height, level.height), groups(finer.width, level.width)};
+    std::vector<const Level*> levels;
+    for (const Level& level : pyramid.levels) levels.push_back(&level);
+    std::stable_sort(levels.begin(), levels.end(), [](const Level* a, const Level* b) { return a->bins() > b->bins(); });
+    steps.reserve(levels.size() + 1);
+    for (const Level* level : levels) {
+      const Level* finer = nullptr;
+      for (const Step& step : steps) {  // the coarsest one is kept
+        const int64_t height = step.level->height, width = step.level->width;
+        if (average && (map.height % height != 0 || map.width % width != 0)) continue;
+        if (height % level->height == 0 && width % level->width == 0) finer = step.level;
       }
+      if (finer) steps.push_back({level, finer, groups(finer->height, level->height), groups(finer->width, level->width)});
+      else steps.push_back({level, nullptr, level->y, level->x});
+    }
     if (average) share_cells(pyramid, map);
     for (const Step& step : steps)
       if (!step.finer) ++passes, rows += step.level->height;
@@ -130,8 +134,8 @@ struct Plan {
       if (!step.finer) roots.push_back(step.level);
     if (roots.size() < 2) return;
     cells = cut_cells(roots, pyramid.bins);
-    const int64_t passes = int64_t(roots.size()), cost = map.pixel_stride == 1 ? 1 : 2;  // channels_last pixels lie further apart
-    if (cost * map.pixels() + (passes + 1) * cells.bins() >= passes * cost * map.pixels()) return;
+    const int64_t passes = int64_t(roots.size());
+    if (map.pixels() + (passes + 1) * cells.bins() >= passes * map.pixels()) return;
     for (Step& step : steps)
       if (!step.finer) step = {step.level, &cells, in_terms_of(step.y, cells.y), in_terms_of(step.x, cells.x)};
     steps.insert(steps.begin(), {&cells, nullptr, cells.y, cells.x});
@@ -142,26 +146,39 @@ struct Plan {
 // For each cell, row by row, the bins that cover it.
 struct Cover {
   Level cells;
-  std::vector<int64_t> bins;  // of cell k: [first[k], first[k + 1])
-  std::vector<int64_t> first;
 
-  explicit Cover(const Pyramid& pyramid) : first{0} {
+  explicit Cover(const Pyramid& pyramid) {
     std::vector<const Level*> levels;
     for (const Level& level : pyramid.levels) levels.push_back(&level);
     cells = cut_cells(levels, 0);
-    const auto covering = [](const std::vector<Span>& all, const Span& cell) {
-      const auto begin = std::partition_point(all.begin(), all.end(), [&](const Span& bin) { return bin.end <= cell.begin; });
-      const auto end = std::partition_point(begin, all.end(), [&](const Span& bin) { return bin.begin < cell.end; });
-      return Span{begin - all.begin(), end - all.begin()};
-    };
-    for (int64_t k = 0; k < cells.bins(); ++k) {
-      for (const Level& level : pyramid.levels) {
-        const Span y = covering(level.y, cells.bin(k).y), x = covering(level.x, cells.bin(k).x);
-        for (int64_t i = y.begin; i < y.end; ++i)
-          for (int64_t j = x.begin; j < x.end; ++j) bins.push_back(level.first + i * level.width + j);
+    std::vector<std::vector<Span>> y, x;  // of each level: the bins over each cell
+    for (const Level* level : levels) y.push_back(covering(level->y, cells.y)), x.push_back(covering(level->x, cells.x));
+    first_.reserve(size_t(cells.bins()) + 1);
+    for (int64_t cell = 0; cell < cells.bins(); ++cell) {
+      first_.push_back(int64_t(bins_.size()));
+      for (size_t l = 0; l < levels.size(); ++l) {
+        const Span &rows = y[l][cell / cells.width], &columns = x[l][cell % cells.width];
+        for (int64_t i = rows.begin; i < rows.end; ++i)
+          for (int64_t j = columns.begin; j < columns.end; ++j) bins_.push_back(levels[l]->first + i * levels[l]->width + j);
       }
-      first.push_back(int64_t(bins.size()));
     }
+    first_.push_back(int64_t(bins_.size()));
+  }
+  const int64_t* begin(int64_t cell) const { return bins_.data() + first_[cell]; }
+  const int64_t* end(int64_t cell) const { return bins_.data() + first_[cell + 1]; }
+
+ private:
+  std::vector<int64_t> bins_, first_;  // bins of cell k: [first_[k], first_[k + 1])
+
+  static std::vector<Span> covering(const std::vector<Span>& bins, const std::vector<Span>& cells) {
+    std::vector<Span> spans;
+    Span span{0, 0};
+    for (const Span& cell : cells) {
+      while (bins[span.begin].end <= cell.begin) ++span.begin;
+      while (span.end < int64_t(bins.size()) && bins[span.end].begin < cell.end) ++span.end;
+      spans.push_back(span);
+    }
+    return spans;
   }
 };
 

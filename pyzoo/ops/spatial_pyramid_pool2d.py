@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 
@@ -58,15 +59,17 @@ def _flat_levels(levels: Levels) -> list[int]:
 
 def _count_bins(levels: Sequence[int]) -> int:
     """Of a channel, in all levels together."""
+    return _count_bins_of(tuple(levels))
+
+
+@functools.lru_cache
+def _count_bins_of(levels: tuple[int, ...]) -> int:
     if not levels or len(levels) % 2:
         raise ValueError("spatial_pyramid_pool2d: levels must name at least one grid")
-    bins = 0
-    for i in range(0, len(levels), 2):
-        height, width = levels[i], levels[i + 1]
+    for height, width in zip(levels[::2], levels[1::2], strict=True):
         if height < 1 or width < 1:
             raise ValueError(f"spatial_pyramid_pool2d: levels must be at least 1 x 1, got {height} x {width}")
-        bins += height * width
-    return bins
+    return sum(map(operator.mul, levels[::2], levels[1::2]))
 
 
 def _new_output(input: Tensor, levels: Sequence[int]) -> Tensor:
