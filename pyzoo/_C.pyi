@@ -48,6 +48,7 @@ def depthwise_conv2d_bwd_weight_cpu(
     grad_output: Array,
     input: Array,
     grad_weight: Array,
+    grad_bias: Array | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],

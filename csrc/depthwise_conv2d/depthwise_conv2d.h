@@ -19,7 +19,8 @@ void depthwise_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const T
 // The gradient in the input; writes all of grad_input.
 void depthwise_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const Sliding& sliding);
 
-// The gradient in the weight; writes all of grad_weight (contiguous).
-void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Sliding& sliding);
+// The gradients in the weight and, unless null, in the bias; writes all of grad_weight and grad_bias (contiguous).
+void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
+                                     const Sliding& sliding);
 
 }  // namespace pyzoo

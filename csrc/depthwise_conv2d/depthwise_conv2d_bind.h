@@ -35,12 +35,13 @@ inline void register_depthwise_conv2d(py::module_& m) {
       "grad_output"_a, "weight"_a, "grad_input"_a, "stride"_a, "padding"_a, "dilation"_a);
   m.def(
       "depthwise_conv2d_bwd_weight_cpu",
-      [](const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Pair& stride, const Pair& padding,
-         const Pair& dilation) {
+      [](const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const std::optional<Tensor>& grad_bias,
+         const Pair& stride, const Pair& padding, const Pair& dilation) {
         py::gil_scoped_release release;
-        depthwise_conv2d_bwd_weight_cpu(grad_output, input, grad_weight, sliding(stride, padding, dilation));
+        depthwise_conv2d_bwd_weight_cpu(grad_output, input, grad_weight, grad_bias ? &*grad_bias : nullptr,
+                                        sliding(stride, padding, dilation));
       },
-      "grad_output"_a, "input"_a, "grad_weight"_a, "stride"_a, "padding"_a, "dilation"_a);
+      "grad_output"_a, "input"_a, "grad_weight"_a, "grad_bias"_a, "stride"_a, "padding"_a, "dilation"_a);
 }
 
 }  // namespace pyzoo

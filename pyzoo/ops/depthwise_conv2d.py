@@ -238,7 +238,7 @@ _depthwise_conv2d_grad_input = Operator(
 )
 
 
-def _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation):
+def _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation, with_bias):
     op = "_depthwise_conv2d_grad_weight"
     _check_pair(op, "grad_output", grad_output, "input", input)
     _check_channels(op, input.shape[1], "grad_output", grad_output)
@@ -249,27 +249,30 @@ def _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation
     ]
     if list(grad_output.shape) != expected:
         raise ValueError(f"{op}: grad_output must have shape {expected}, got {list(grad_output.shape)}")
-    return input.new_empty((grad_output.shape[1], 1, *kernel_size))
+    channels = grad_output.shape[1]
+    return input.new_empty((channels, 1, *kernel_size)), input.new_empty(channels if with_bias else 0)
 
 
-def _grad_weight_cpu(grad_output, input, kernel_size, stride, padding, dilation):
-    grad_weight = _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation)
+def _grad_weight_cpu(grad_output, input, kernel_size, stride, padding, dilation, with_bias):
+    outputs = _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation, with_bias)
     last = common.prefers_channels_last(input)
     multiplier = _multiplier(input.shape[1], grad_output.shape[1])
+    grad_weight, grad_bias = outputs[0], outputs[1] if with_bias else None
     grad_output, input = _prepared(grad_output, last), _prepared(input, last, multiplier)
-    _bwd_weight(grad_output.device, grad_output, input, grad_weight, stride, padding[::2], dilation)
-    return grad_weight
+    _bwd_weight(grad_output.device, grad_output, input, grad_weight, grad_bias, stride, padding[::2], dilation)
+    return outputs
 
 
 def _grad_weight_vmap(info, in_dims, grad_output, input, *rest):
     size, (g, x) = info.batch_size, in_dims[:2]
     grad_output, input = common._fold_channels(grad_output, g, size), common._fold_channels(input, x, size)
-    return common._unfold(_depthwise_conv2d_grad_weight.op(grad_output, input, *rest), 0, size)
+    outputs, dims = common._unfold(_depthwise_conv2d_grad_weight.op(grad_output, input, *rest), 0, size)
+    return tuple(outputs), tuple(dims)
 
 
 _depthwise_conv2d_grad_weight = Operator(
     "_depthwise_conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, int[] stride,"
-    " SymInt[] padding, int[] dilation) -> Tensor",
+    " SymInt[] padding, int[] dilation, bool with_bias) -> (Tensor, Tensor)",
     cpu=_grad_weight_cpu,
     fake=_grad_weight_fake,
     vmap=_grad_weight_vmap,
@@ -279,11 +282,11 @@ _depthwise_conv2d_grad_weight = Operator(
 
 # -------------------------------------------------------------------------------------------------------- derivatives
 # The convolution and its two gradients are linear in each of their two tensors, and the derivatives of one are the
-# other two. So any order closes.
+# other two. So any order closes. The gradient in the weight brings that in the bias along: one reading of the maps.
 
 
-def _convolve(input, weight, geometry):
-    return _depthwise_conv2d(input, weight, None, *geometry, 0)
+def _convolve(input, weight, geometry, bias=None):
+    return _depthwise_conv2d(input, weight, bias, *geometry, 0)
 
 
 def _grad_input(grad_output, weight, like, geometry):
@@ -291,8 +294,12 @@ def _grad_input(grad_output, weight, like, geometry):
     return _depthwise_conv2d_grad_input(grad_output, weight, like.shape[1], like.shape[2:], *geometry, last)
 
 
-def _grad_weight(grad_output, input, like, geometry):
-    return _depthwise_conv2d_grad_weight(grad_output, input, like.shape[2:], *geometry)
+def _grad_weight(grad_output, input, like, geometry, with_bias=False):
+    return _depthwise_conv2d_grad_weight(grad_output, input, like.shape[2:], *geometry, with_bias)
+
+
+def _grad_weight_alone(grad_output, input, rest):
+    return _depthwise_conv2d_grad_weight(grad_output, input, *rest[:-1], False)[0]
 
 
 def _where_active(x: Tensor, output: Tensor | None, activation: int) -> Tensor:
@@ -319,12 +326,13 @@ class _DepthwiseConv2d(Function):
         input, weight, output = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad = _where_active(grad, output, ctx.activation)
-        return (
-            _grad_input(grad, weight, input, ctx.geometry) if wants_input else None,
-            _grad_weight(grad, input, weight, ctx.geometry) if wants_weight else None,
-            channel_sum(grad) if wants_bias else None,
-            *[None] * 4,
-        )
+        grad_input = _grad_input(grad, weight, input, ctx.geometry) if wants_input else None
+        grad_weight = grad_bias = None
+        if wants_weight:
+            grad_weight, grad_bias = _grad_weight(grad, input, weight, ctx.geometry, wants_bias)
+        elif wants_bias:
+            grad_bias = channel_sum(grad)
+        return grad_input, grad_weight, grad_bias if wants_bias else None, *[None] * 4
 
     @staticmethod
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, *_):
@@ -350,7 +358,7 @@ class _DepthwiseConv2dGradInput(Function):
         grad_output, weight = ctx.saved_tensors
         return (
             _convolve(grad, weight, ctx.geometry) if ctx.needs_input_grad[0] else None,
-            _grad_weight(grad_output, grad, weight, ctx.geometry) if ctx.needs_input_grad[1] else None,
+            _grad_weight(grad_output, grad, weight, ctx.geometry)[0] if ctx.needs_input_grad[1] else None,
             *[None] * 6,
         )
 
@@ -366,21 +374,25 @@ class _DepthwiseConv2dGradWeight(Function):
         ctx.save_for_backward(grad_output, input)
         ctx.save_for_forward(grad_output, input)
         ctx.rest = rest
+        *ctx.geometry, ctx.with_bias = rest[1:]
         return _depthwise_conv2d_grad_weight.below_autograd(grad_output, input, *rest)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, grad_of_bias):
         grad_output, input = ctx.saved_tensors
+        bias = grad_of_bias if ctx.with_bias else None
         return (
-            _convolve(input, grad, ctx.rest[1:]) if ctx.needs_input_grad[0] else None,
-            _grad_input(grad_output, grad, input, ctx.rest[1:]) if ctx.needs_input_grad[1] else None,
-            *[None] * 4,
+            _convolve(input, grad, ctx.geometry, bias) if ctx.needs_input_grad[0] else None,
+            _grad_input(grad_output, grad, input, ctx.geometry) if ctx.needs_input_grad[1] else None,
+            *[None] * 5,
         )
 
     @staticmethod
     def jvp(ctx, grad_tangent, input_tangent, *_):
         tangents = grad_tangent, input_tangent
-        return common.bilinear_jvp(_depthwise_conv2d_grad_weight, *ctx.saved_tensors, *tangents, *ctx.rest)
+        weight_tangent = common.bilinear_jvp(_grad_weight_alone, *ctx.saved_tensors, *tangents, ctx.rest)
+        wants_bias = ctx.with_bias and grad_tangent is not None
+        return weight_tangent, channel_sum(grad_tangent) if wants_bias else None
 
 
 _depthwise_conv2d.differentiate(_DepthwiseConv2d)
