@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pyzoo
+from pyzoo import _backend
 from tests import test_ops
 from tests.conftest import INTERPRET_TRITON
 
@@ -73,6 +74,17 @@ def test_a_forced_backend_says_why_it_cannot_run(monkeypatch):
         pyzoo.ops.roi_align(torch.ones(2, 3, 4, 4), torch.zeros(1, 5), 2)
 
 
+def test_a_backend_is_forced_until_the_end():
+    before = _backend.forced
+    with pyzoo.backend("triton"):
+        with pyzoo.backend("cpu"):
+            assert _backend.forced == "cpu"
+        assert _backend.forced == "triton"
+    assert _backend.forced is before
+    with pytest.raises(ValueError, match="backend: name must be one of cpu, cuda, triton or None, got 'Triton'"):
+        pyzoo.backend("Triton")
+
+
 # ---------------------------------------------------------------------------------------------------- without running
 
 LIMITS = {"registers": 255, "spilled": 0, "shared": 99 << 10}  # what a block may have on every GPU since Ampere
@@ -80,7 +92,7 @@ LIMITS = {"registers": 255, "spilled": 0, "shared": 99 << 10}  # what a block ma
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_for_gpus_that_are_not_here(arch, tmp_path):
-    """For the shapes of the quick benchmarks. docs/triton.json has what each kernel takes, by architecture."""
+    """For the shapes of the quick benchmarks, within what every GPU can launch and without spilling registers."""
     program = [sys.executable, "-m", "tests.triton_offline", str(arch)]
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True)
