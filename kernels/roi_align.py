@@ -323,9 +323,9 @@ def _roi_align_bwd_kernel(
                     p_grad = p_grad_output + i_k * s_out_k + (o_c * s_out_c)[:, None] + (o_pw * s_out_w)[None, :]
                     for ph in range(PH):
                         grad = tl.load(p_grad + ph * s_out_h, m_c[:, None] & (o_pw < PW)[None, :], 0.0).to(SUM)
-                        row = tl.sum(grad[:, :, None] * on_x[None, :, :], 1)  # [C, W]
-                        on_row = tl.sum(tl.where((o_ph == ph)[:, None], on_y, 0.0), 0)  # [H]
-                        total += on_row[None, :, None] * row[:, None, :]
+                        row = tl.sum(tl.where(on_x != 0.0, grad[:, :, None] * on_x, 0.0), 1)  # [C, W]; inf * 0 is not 0
+                        on_row = tl.sum(tl.where((o_ph == ph)[:, None], on_y, 0.0), 0)[:, None]  # [H, 1]
+                        total += tl.where(on_row != 0.0, on_row * row[:, None, :], 0.0)
     p_out = p_grad_input + i_n.to(tl.int64) * s_in_n + (o_c * s_in_c)[:, None, None]
     p_out += (o_y.to(tl.int64) * s_in_h)[None, :, None] + (o_x.to(tl.int64) * s_in_w)[None, None, :]
     m = m_c[:, None, None] & (o_y < height)[None, :, None] & (o_x < width)[None, None, :]

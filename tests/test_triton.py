@@ -65,6 +65,17 @@ def test_image_out_of_range_shows(triton):
     assert out.isnan().flatten(1).all(1).tolist() == [True, True, True, False]
 
 
+@interpreted
+def test_a_gradient_that_is_not_finite_stays_where_it_belongs(triton):
+    x, boxes = torch.ones(1, 1, 8, 8, requires_grad=True), torch.tensor([[0.0, 0, 0, 4, 4]])
+    out = pyzoo.ops.roi_align(x, boxes, 2, sampling_ratio=1)  # samples at (1, 1), (1, 3), (3, 1), (3, 3)
+    grad_output = torch.tensor([[[[float("inf"), 1], [1, 1]]]])
+    (grad,) = torch.autograd.grad(out, x, grad_output)
+    assert grad[0, 0, 1, 1] == torch.inf
+    assert (~grad.isfinite()).sum() == 1
+    assert grad[grad.isfinite()].sum() == 3
+
+
 def test_a_forced_backend_says_why_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
