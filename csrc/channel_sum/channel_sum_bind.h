@@ -7,7 +7,7 @@ namespace pyzoo {
 
 inline void register_channel_sum(py::module_& m) {
   using namespace py::literals;
-  m.def("channel_sum_cpu", &channel_sum_cpu, "map"_a, "output"_a, py::call_guard<py::gil_scoped_release>());
+  m.def("channel_sum_cpu", &channel_sum_cpu, "map"_a, "output"_a, ReleaseGil());
 }
 
 }  // namespace pyzoo

@@ -12,6 +12,8 @@ namespace pyzoo {
 
 namespace py = pybind11;
 
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;  // while a bound kernel runs
+
 inline Tensor tensor_from_dlpack(const dlpack::DLTensor& t) {
   const auto fail = [](const std::string& what) { throw py::type_error("cannot use this array: " + what); };
   if (t.ndim > kMaxDims) fail("it has " + std::to_string(t.ndim) + " dimensions, at most " + std::to_string(kMaxDims) + " are allowed");

@@ -7,10 +7,9 @@ namespace pyzoo {
 
 inline void register_gram_matrix(py::module_& m) {
   using namespace py::literals;
-  using release = py::call_guard<py::gil_scoped_release>;
-  m.def("gram_matrix_fwd_cpu", &gram_matrix_fwd_cpu, "features"_a, "gram"_a, "normalize"_a, release());
-  m.def("gram_matrix_bwd_cpu", &gram_matrix_bwd_cpu, "grad_gram"_a, "features"_a, "grad_features"_a, "normalize"_a, release());
-  m.def("gram_loss_fwd_cpu", &gram_loss_fwd_cpu, "features"_a, "target"_a, "difference"_a, "loss"_a, "normalize"_a, release());
+  m.def("gram_matrix_fwd_cpu", &gram_matrix_fwd_cpu, "features"_a, "gram"_a, "normalize"_a, ReleaseGil());
+  m.def("gram_matrix_bwd_cpu", &gram_matrix_bwd_cpu, "grad_gram"_a, "features"_a, "grad_features"_a, "normalize"_a, ReleaseGil());
+  m.def("gram_loss_fwd_cpu", &gram_loss_fwd_cpu, "features"_a, "target"_a, "difference"_a, "loss"_a, "normalize"_a, ReleaseGil());
 }
 
 }  // namespace pyzoo

@@ -7,10 +7,9 @@ namespace pyzoo {
 
 inline void register_reversible(py::module_& m) {
   using namespace py::literals;
-  using Release = py::call_guard<py::gil_scoped_release>;
-  m.def("reversible_fwd_cpu", &reversible_fwd_cpu, "x"_a, "update"_a, "y"_a, Release());
-  m.def("reversible_inv_cpu", &reversible_inv_cpu, "y"_a, "update"_a, "x"_a, Release());
-  m.def("reversible_bwd_cpu", &reversible_bwd_cpu, "y"_a, "update"_a, "x"_a, "grad_y"_a, "grad_update"_a, "grad_x"_a, Release());
+  m.def("reversible_fwd_cpu", &reversible_fwd_cpu, "x"_a, "update"_a, "y"_a, ReleaseGil());
+  m.def("reversible_inv_cpu", &reversible_inv_cpu, "y"_a, "update"_a, "x"_a, ReleaseGil());
+  m.def("reversible_bwd_cpu", &reversible_bwd_cpu, "y"_a, "update"_a, "x"_a, "grad_y"_a, "grad_update"_a, "grad_x"_a, ReleaseGil());
 }
 
 }  // namespace pyzoo

@@ -25,8 +25,7 @@ inline void register_roi_pool(py::module_& m) {
         roi_pool_bwd_cpu(grad_output, input, rois, grad_input, positions ? &*positions : nullptr, spatial_scale);
       },
       "grad_output"_a, "input"_a, "rois"_a, "grad_input"_a, "spatial_scale"_a, "positions"_a = py::none());
-  m.def("roi_pool_bwd_argmax_cpu", &roi_pool_bwd_argmax_cpu, "grad_output"_a, "rois"_a, "argmax"_a, "grad_input"_a,
-        py::call_guard<py::gil_scoped_release>());
+  m.def("roi_pool_bwd_argmax_cpu", &roi_pool_bwd_argmax_cpu, "grad_output"_a, "rois"_a, "argmax"_a, "grad_input"_a, ReleaseGil());
 }
 
 }  // namespace pyzoo
