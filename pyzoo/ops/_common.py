@@ -1,8 +1,8 @@
 """What the ops share: registration with torch, argument checks, boxes, memory formats and the folding for vmap.
 
-Each op is ``torch.ops.pyzoo.<name>``. Its CPU kernel is Python that allocates the outputs and calls the compiled core.
-Autograd, forward-mode AD, ``torch.func``, ``vmap`` and autocast are rules of the operator itself, so the bare operator
-has them too.
+Each op is ``torch.ops.pyzoo.<name>``. Its ``impl`` is Python that allocates the outputs and calls a kernel, on whatever
+device. Autograd, forward-mode AD, ``torch.func``, ``vmap`` and autocast are rules of the operator itself, so the bare
+operator has them too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Function(_SingleLevelFunction):
 
 
 class Operator:
-    """``torch.ops.pyzoo.<name>``: schema, CPU kernel, fake implementation, vmap rule and, if it has one, derivative.
+    """``torch.ops.pyzoo.<name>``: schema, implementation, fake one, vmap rule and, if it has one, derivative.
 
     The schema names its tensors (``Tensor``, ``Tensor?``, or one ``Tensor[]``) first. Those called ``constant`` have no
     derivative. With ``autocast`` all are cast as those of ``F.conv2d`` are; without, autocast changes nothing: the
@@ -80,7 +80,7 @@ class Operator:
         self,
         schema: str,
         *,
-        cpu: Callable,
+        impl: Callable,
         fake: Callable,
         vmap: Callable,
         constant: Sequence[str] = (),
@@ -92,10 +92,10 @@ class Operator:
         self.constant = [tensors.index(name) for name in constant]
         self.differentiable = [i for i in range(self.count) if i not in self.constant]
         self.autocast = autocast
-        self.cpu = self.apply = cpu
+        self.impl = self.apply = impl
         lib.define(schema)
         for device in _DEVICES:
-            lib.impl(self.name, cpu, device)
+            lib.impl(self.name, impl, device)
         torch.library.register_fake(f"pyzoo::{self.name}", fake, lib=lib)
         torch.library.register_vmap(f"pyzoo::{self.name}", vmap, lib=lib)
         self.op = getattr(torch.ops.pyzoo, self.name).default
@@ -114,7 +114,7 @@ class Operator:
             or self._must_detach(args)
         ):
             return self.op(*args)
-        return (self.apply if self._wants_derivative(args) else self.cpu)(*args)
+        return (self.apply if self._wants_derivative(args) else self.impl)(*args)
 
     def _must_detach(self, args) -> bool:
         """A constant requires grad, which the core refuses: it would lose the gradient."""
@@ -136,7 +136,7 @@ class Operator:
 
         ``function.apply`` takes the arguments of the operator; a list comes last and spread out, as autograd needs it.
         """
-        apply, below, cpu = function.apply, self.below_autograd, self.cpu
+        apply, below, impl = function.apply, self.below_autograd, self.impl
         self.apply = apply
 
         def kernel(keys, *args):
@@ -147,7 +147,7 @@ class Operator:
             if self._wants_derivative(args):
                 return apply(*spread)
             if not keys.raw_repr() & _NOT_PLAIN and not self._must_detach(args):
-                return cpu(*args)
+                return impl(*args)
             return below(*args)
 
         lib.impl(self.name, kernel, "Autograd", with_keyset=True)
@@ -158,7 +158,7 @@ class Operator:
             args = [x.detach() if i in self.constant and x is not None else x for i, x in enumerate(args)]
         tensors = args[: self.count]
         if _is_plain(tensors):
-            return self.cpu(*args)
+            return self.impl(*args)
         for t in (*tensors[0], *tensors[1:]) if type(tensors[0]) is list else tensors:
             if t is not None and t.layout != torch.strided:
                 raise TypeError(f"{self.name}: tensors must be dense (torch.strided), got layout {t.layout}")

@@ -16,7 +16,7 @@ def _fake(x):
     return x.new_empty(x.shape[1])
 
 
-def _cpu(x):
+def _impl(x):
     output = _fake(x)
     _kernel(x.device, x, output)
     return output
@@ -26,7 +26,7 @@ def _vmap(info, in_dims, x):
     return common._unfold(channel_sum.op(common._fold_channels(x, in_dims[0], info.batch_size)), 0, info.batch_size)
 
 
-channel_sum = Operator("_channel_sum(Tensor x) -> Tensor", cpu=_cpu, fake=_fake, vmap=_vmap)
+channel_sum = Operator("_channel_sum(Tensor x) -> Tensor", impl=_impl, fake=_fake, vmap=_vmap)
 
 
 class _ChannelSum(Function):

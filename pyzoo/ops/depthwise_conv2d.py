@@ -157,7 +157,7 @@ def _fake(input, weight, bias, stride, padding, dilation, activation):
     return common.empty((input.shape[0], weight.shape[0], height, width), input, common.prefers_channels_last(input))
 
 
-def _cpu(input, weight, bias, stride, padding, dilation, activation):
+def _impl(input, weight, bias, stride, padding, dilation, activation):
     output = _fake(input, weight, bias, stride, padding, dilation, activation)
     multiplier = _multiplier(input.shape[1], weight.shape[0])
     _fwd(
@@ -189,7 +189,7 @@ def _vmap(info, in_dims, input, weight, bias, *rest):
 _depthwise_conv2d = Operator(
     "depthwise_conv2d(Tensor input, Tensor weight, Tensor? bias, int[] stride, SymInt[] padding, int[] dilation,"
     " int activation) -> Tensor",
-    cpu=_cpu,
+    impl=_impl,
     fake=_fake,
     vmap=_vmap,
     autocast=True,
@@ -206,7 +206,7 @@ def _grad_input_fake(grad_output, weight, channels, size, stride, padding, dilat
     return common.empty((grad_output.shape[0], channels, *size), grad_output, channels_last)
 
 
-def _grad_input_cpu(grad_output, weight, channels, size, stride, padding, dilation, channels_last):
+def _grad_input_impl(grad_output, weight, channels, size, stride, padding, dilation, channels_last):
     grad_input = _grad_input_fake(grad_output, weight, channels, size, stride, padding, dilation, channels_last)
     multiplier = _multiplier(channels, weight.shape[0])
     grads = grad_input  # of the repeated input, before they are summed
@@ -231,7 +231,7 @@ def _grad_input_vmap(info, in_dims, grad_output, weight, channels, *rest):
 _depthwise_conv2d_grad_input = Operator(
     "_depthwise_conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt channels, SymInt[] size, int[] stride,"
     " SymInt[] padding, int[] dilation, bool channels_last) -> Tensor",
-    cpu=_grad_input_cpu,
+    impl=_grad_input_impl,
     fake=_grad_input_fake,
     vmap=_grad_input_vmap,
     autocast=True,
@@ -253,7 +253,7 @@ def _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation
     return input.new_empty((channels, 1, *kernel_size)), input.new_empty(channels if with_bias else 0)
 
 
-def _grad_weight_cpu(grad_output, input, kernel_size, stride, padding, dilation, with_bias):
+def _grad_weight_impl(grad_output, input, kernel_size, stride, padding, dilation, with_bias):
     outputs = _grad_weight_fake(grad_output, input, kernel_size, stride, padding, dilation, with_bias)
     last = common.prefers_channels_last(input)
     multiplier = _multiplier(input.shape[1], grad_output.shape[1])
@@ -273,7 +273,7 @@ def _grad_weight_vmap(info, in_dims, grad_output, input, *rest):
 _depthwise_conv2d_grad_weight = Operator(
     "_depthwise_conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] kernel_size, int[] stride,"
     " SymInt[] padding, int[] dilation, bool with_bias) -> (Tensor, Tensor)",
-    cpu=_grad_weight_cpu,
+    impl=_grad_weight_impl,
     fake=_grad_weight_fake,
     vmap=_grad_weight_vmap,
     autocast=True,

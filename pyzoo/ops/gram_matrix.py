@@ -54,7 +54,7 @@ def _fake(features, normalize):
     return features.new_empty((images, channels, channels))
 
 
-def _cpu(features, normalize):
+def _impl(features, normalize):
     gram = _fake(features, normalize)
     _fwd(features.device, features, gram, normalize)
     return gram
@@ -65,7 +65,7 @@ def _vmap(info, in_dims, features, normalize):
     return common._unfold(gram, 0, info.batch_size)
 
 
-_gram_matrix = Operator("gram_matrix(Tensor features, bool normalize) -> Tensor", cpu=_cpu, fake=_fake, vmap=_vmap)
+_gram_matrix = Operator("gram_matrix(Tensor features, bool normalize) -> Tensor", impl=_impl, fake=_fake, vmap=_vmap)
 
 
 # The gradient, (S + S^T) F for a gradient S of the Gram matrix. It is bilinear: its derivative in F is itself, that in
@@ -89,7 +89,7 @@ def _backward_fake(grad_gram, features, normalize):
     return features.new_empty(features.shape)
 
 
-def _backward_cpu(grad_gram, features, normalize):
+def _backward_impl(grad_gram, features, normalize):
     grad_features = _backward_fake(grad_gram, features, normalize)
     _bwd(features.device, grad_gram, features, grad_features, normalize)
     return grad_features
@@ -102,7 +102,7 @@ def _backward_vmap(info, in_dims, grad_gram, features, normalize):
 
 _gram_matrix_backward = Operator(
     "_gram_matrix_backward(Tensor grad_gram, Tensor features, bool normalize) -> Tensor",
-    cpu=_backward_cpu,
+    impl=_backward_impl,
     fake=_backward_fake,
     vmap=_backward_vmap,
 )
@@ -209,7 +209,7 @@ def _loss_fake(features, target, normalize):
     return features.new_empty((), dtype=wide), features.new_empty((images, channels, channels), dtype=wide)
 
 
-def _loss_cpu(features, target, normalize):
+def _loss_impl(features, target, normalize):
     loss, difference = _loss_fake(features, target, normalize)
     _loss_fwd(features.device, features, target, difference, loss, normalize)
     return loss, difference
@@ -229,7 +229,7 @@ def _loss_vmap(info, in_dims, features, target, normalize):
 # The difference of the Gram matrix and the target is a second result, for the gradient: with it, that is one product.
 _gram_loss = Operator(
     "gram_loss(Tensor features, Tensor target, bool normalize) -> (Tensor loss, Tensor difference)",
-    cpu=_loss_cpu,
+    impl=_loss_impl,
     fake=_loss_fake,
     vmap=_loss_vmap,
 )

@@ -159,7 +159,7 @@ def _fake(input, weight, bias, *config):
     return common.empty(shape, input, common.prefers_channels_last(input))
 
 
-def _cpu(input, weight, bias, *config):
+def _impl(input, weight, bias, *config):
     output = _fake(input, weight, bias, *config)
     _fwd(input.device, input, weight.contiguous(), None if bias is None else bias.contiguous(), output, *config)
     return output
@@ -171,7 +171,7 @@ def _input_fake(grad_output, weight, channels_last, *config):
     return common.empty(shape, grad_output, channels_last)
 
 
-def _input_cpu(grad_output, weight, channels_last, *config):
+def _input_impl(grad_output, weight, channels_last, *config):
     grad_input = _input_fake(grad_output, weight, channels_last, *config)
     _bwd_input(grad_output.device, grad_output, weight.contiguous(), grad_input, *config)
     return grad_input
@@ -191,7 +191,7 @@ def _weight_fake(grad_output, input, kernel_height, kernel_width, *config):
     return input.new_empty((out_channels, in_channels // groups, kernel_height, kernel_width))
 
 
-def _weight_cpu(grad_output, input, *rest):
+def _weight_impl(grad_output, input, *rest):
     grad_weight = _weight_fake(grad_output, input, *rest)
     _bwd_weight(grad_output.device, grad_output, input, grad_weight, *rest[2:])
     return grad_weight
@@ -223,21 +223,21 @@ def _weight_vmap(info, in_dims, *args):
 
 _masked_conv2d = Operator(
     f"masked_conv2d(Tensor input, Tensor weight, Tensor? bias, {_CONFIG}) -> Tensor",
-    cpu=_cpu,
+    impl=_impl,
     fake=_fake,
     vmap=_vmap_over_images(lambda: _masked_conv2d),
     autocast=True,
 )
 _masked_conv2d_input = Operator(
     f"_masked_conv2d_input(Tensor grad_output, Tensor weight, bool channels_last, {_CONFIG}) -> Tensor",
-    cpu=_input_cpu,
+    impl=_input_impl,
     fake=_input_fake,
     vmap=_vmap_over_images(lambda: _masked_conv2d_input),
 )
 _masked_conv2d_weight = Operator(
     "_masked_conv2d_weight(Tensor grad_output, Tensor input, SymInt kernel_height, SymInt kernel_width,"
     f" {_CONFIG}) -> Tensor",
-    cpu=_weight_cpu,
+    impl=_weight_impl,
     fake=_weight_fake,
     vmap=_weight_vmap,
 )

@@ -153,7 +153,7 @@ def _fold(info, in_dims, tensors):
     return tensors, lambda outputs: (tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in outputs), (0, 0))
 
 
-def _nms_cpu(boxes, scores, iou_threshold):
+def _nms_impl(boxes, scores, iou_threshold):
     _check("nms", boxes, scores, iou_threshold)
     return _kept(boxes, scores, None, iou_threshold, False)
 
@@ -163,7 +163,7 @@ def _nms_fake(boxes, scores, iou_threshold):
     return _fake_kept(boxes)
 
 
-def _nms_padded_cpu(boxes, scores, iou_threshold, max_output):
+def _nms_padded_impl(boxes, scores, iou_threshold, max_output):
     _check("nms", boxes, scores, iou_threshold, batched=True)
     _check_max_output("nms", max_output)
     return _kept_padded(boxes, scores, None, iou_threshold, max_output, False)
@@ -182,13 +182,13 @@ def _nms_padded_vmap(info, in_dims, boxes, scores, *rest):
 
 _nms = Operator(  # torchvision's schema
     "nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
-    cpu=_nms_cpu,
+    impl=_nms_impl,
     fake=_nms_fake,
     vmap=_no_vmap,
 )
 _nms_padded = Operator(
     "nms_padded(Tensor boxes, Tensor scores, float iou_threshold, SymInt max_output) -> (Tensor, Tensor)",
-    cpu=_nms_padded_cpu,
+    impl=_nms_padded_impl,
     fake=_nms_padded_fake,
     vmap=_nms_padded_vmap,
 )
@@ -241,7 +241,7 @@ def _class_indices(op: str, idxs: Tensor) -> Tensor:
     return whole
 
 
-def _batched_nms_cpu(boxes, scores, idxs, iou_threshold):
+def _batched_nms_impl(boxes, scores, idxs, iou_threshold):
     _check("batched_nms", boxes, scores, iou_threshold)
     _check_idxs("batched_nms", boxes, idxs)
     return _kept(boxes, scores, _class_indices("batched_nms", idxs), iou_threshold, _shifts_classes(boxes))
@@ -253,7 +253,7 @@ def _batched_nms_fake(boxes, scores, idxs, iou_threshold):
     return _fake_kept(boxes)
 
 
-def _batched_nms_padded_cpu(boxes, scores, idxs, iou_threshold, max_output):
+def _batched_nms_padded_impl(boxes, scores, idxs, iou_threshold, max_output):
     _check("batched_nms", boxes, scores, iou_threshold, batched=True)
     _check_idxs("batched_nms", boxes, idxs)
     _check_max_output("batched_nms", max_output)
@@ -275,14 +275,14 @@ def _batched_nms_padded_vmap(info, in_dims, boxes, scores, idxs, *rest):
 
 _batched_nms = Operator(
     "batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor",
-    cpu=_batched_nms_cpu,
+    impl=_batched_nms_impl,
     fake=_batched_nms_fake,
     vmap=_no_vmap,
 )
 _batched_nms_padded = Operator(
     "batched_nms_padded(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold, SymInt max_output)"
     " -> (Tensor, Tensor)",
-    cpu=_batched_nms_padded_cpu,
+    impl=_batched_nms_padded_impl,
     fake=_batched_nms_padded_fake,
     vmap=_batched_nms_padded_vmap,
 )

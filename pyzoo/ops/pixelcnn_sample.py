@@ -400,7 +400,7 @@ def _fake(weights, residual, condition, uniforms, start, temperature, return_log
     return samples, _new_logits(_network(weights, residual), start, return_logits)
 
 
-def _cpu(weights, residual, condition, uniforms, start, temperature, return_logits):
+def _impl(weights, residual, condition, uniforms, start, temperature, return_logits):
     network = _network(weights, residual)
     samples = start.clone(memory_format=torch.contiguous_format)
     logits = _new_logits(network, start, return_logits)
@@ -437,7 +437,7 @@ common.lib.define(
     "pixelcnn_sample(Tensor[] weights, bool[] residual, Tensor?[] condition, Tensor uniforms, Tensor start,"
     " float temperature, bool return_logits) -> (Tensor, Tensor)"
 )
-common.lib.impl("pixelcnn_sample", _cpu, "CPU")
+common.lib.impl("pixelcnn_sample", _impl, "CPU")
 torch.library.register_fake("pyzoo::pixelcnn_sample", _fake, lib=common.lib)
 
 

@@ -136,7 +136,7 @@ def _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_rat
     return common.new_pooled("roi_align", input, boxes, spatial_scale, pooled_height, pooled_width)
 
 
-def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
+def _impl(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
     output = common.new_pooled("roi_align", input, boxes, spatial_scale, pooled_height, pooled_width)
     _fwd(boxes.device, [input], boxes, output, [spatial_scale], sampling_ratio, aligned, None)
     return output
@@ -152,7 +152,7 @@ def _vmap(info, in_dims, input, boxes, *rest):
 _roi_align = Operator(  # torchvision's schema
     "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width, "
     "SymInt sampling_ratio, bool aligned) -> Tensor",
-    cpu=_cpu,
+    impl=_impl,
     fake=_fake,
     vmap=_vmap,
     constant=["boxes"],
@@ -164,7 +164,7 @@ def _backward_fake(grad_output, boxes, scale, pooled_height, pooled_width, batch
     return common.empty((batch_size, channels, height, width), grad_output, channels_last=rest[-1])
 
 
-def _backward_cpu(grad_output, boxes, scale, pooled_height, pooled_width, batch_size, channels, height, width, *rest):
+def _backward_impl(grad_output, boxes, scale, pooled_height, pooled_width, batch_size, channels, height, width, *rest):
     grad_input = _backward_fake(
         grad_output, boxes, scale, pooled_height, pooled_width, batch_size, channels, height, width, *rest
     )
@@ -186,7 +186,7 @@ _roi_align_backward = Operator(  # torchvision's schema and the memory format
     "_roi_align_backward(Tensor grad_output, Tensor boxes, float spatial_scale, SymInt pooled_height, "
     "SymInt pooled_width, SymInt batch_size, SymInt channels, SymInt height, SymInt width, SymInt sampling_ratio, "
     "bool aligned, bool channels_last) -> Tensor",
-    cpu=_backward_cpu,
+    impl=_backward_impl,
     fake=_backward_fake,
     vmap=_backward_vmap,
     constant=["boxes"],
@@ -327,7 +327,7 @@ def _multiscale_fake(inputs, boxes, pooled_height, pooled_width, spatial_scales,
     return _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
 
 
-def _multiscale_cpu(inputs, boxes, pooled_height, pooled_width, spatial_scales, sampling_ratio, aligned, *canonical):
+def _multiscale_impl(inputs, boxes, pooled_height, pooled_width, spatial_scales, sampling_ratio, aligned, *canonical):
     output = _new_multiscale_pooled(inputs, boxes, pooled_height, pooled_width, spatial_scales)
     level_map = _level_map(spatial_scales, *canonical)
     _fwd(boxes.device, inputs, boxes, output, spatial_scales, sampling_ratio, aligned, level_map)
@@ -345,7 +345,7 @@ _multiscale_roi_align = Operator(
     "multiscale_roi_align(Tensor[] inputs, Tensor boxes, SymInt pooled_height, SymInt pooled_width, "
     "float[] spatial_scales, SymInt sampling_ratio, bool aligned, float canonical_scale, float canonical_level)"
     " -> Tensor",
-    cpu=_multiscale_cpu,
+    impl=_multiscale_impl,
     fake=_multiscale_fake,
     vmap=_multiscale_vmap,
     constant=["boxes"],
@@ -359,7 +359,7 @@ def _multiscale_backward_fake(grad_output, boxes, pooled_height, pooled_width, b
     return [common.empty((batch_size, channels, h, w), grad_output, channels_last) for h, w in sizes]
 
 
-def _multiscale_backward_cpu(grad_output, boxes, *args):
+def _multiscale_backward_impl(grad_output, boxes, *args):
     grad_inputs = _multiscale_backward_fake(grad_output, boxes, *args)
     spatial_scales, sampling_ratio, aligned, *canonical, _ = args[5:]
     level_map = _level_map(spatial_scales, *canonical)
@@ -380,7 +380,7 @@ _multiscale_roi_align_backward = Operator(
     "_multiscale_roi_align_backward(Tensor grad_output, Tensor boxes, SymInt pooled_height, SymInt pooled_width, "
     "SymInt batch_size, SymInt channels, SymInt[] map_sizes, float[] spatial_scales, SymInt sampling_ratio, "
     "bool aligned, float canonical_scale, float canonical_level, bool channels_last) -> Tensor[]",
-    cpu=_multiscale_backward_cpu,
+    impl=_multiscale_backward_impl,
     fake=_multiscale_backward_fake,
     vmap=_multiscale_backward_vmap,
     constant=["boxes"],

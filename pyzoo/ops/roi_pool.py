@@ -90,7 +90,7 @@ def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
     return common.new_pooled("roi_pool", input, boxes, spatial_scale, pooled_height, pooled_width)
 
 
-def _cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
+def _impl(input, boxes, spatial_scale, pooled_height, pooled_width):
     output = common.new_pooled("roi_pool", input, boxes, spatial_scale, pooled_height, pooled_width)
     _fwd(input.device, input, boxes, output, None, spatial_scale)
     return output
@@ -105,7 +105,7 @@ def _vmap(info, in_dims, input, boxes, *rest):
 
 _roi_pool = Operator(
     "roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width) -> Tensor",
-    cpu=_cpu,
+    impl=_impl,
     fake=_fake,
     vmap=_vmap,
     constant=["boxes"],
@@ -116,7 +116,7 @@ def _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width):
     return common.new_pooled("_roi_pool_argmax", input, boxes, spatial_scale, pooled_height, pooled_width, torch.int32)
 
 
-def _argmax_cpu(input, boxes, spatial_scale, pooled_height, pooled_width):
+def _argmax_impl(input, boxes, spatial_scale, pooled_height, pooled_width):
     argmax = _argmax_fake(input, boxes, spatial_scale, pooled_height, pooled_width)
     output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
     _fwd(input.device, input.detach(), boxes.detach(), output, argmax, spatial_scale)
@@ -133,7 +133,7 @@ def _argmax_vmap(info, in_dims, input, boxes, *rest):
 _roi_pool_argmax = Operator(
     "_roi_pool_argmax(Tensor input, Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width)"
     " -> Tensor",
-    cpu=_argmax_cpu,
+    impl=_argmax_impl,
     fake=_argmax_fake,
     vmap=_argmax_vmap,
 )
@@ -145,7 +145,7 @@ def _backward_fake(grad_output, boxes, input, positions, spatial_scale):
     return common.empty(input.shape, input, common.prefers_channels_last(input))
 
 
-def _backward_cpu(grad_output, boxes, input, positions, spatial_scale):
+def _backward_impl(grad_output, boxes, input, positions, spatial_scale):
     grad_input = _backward_fake(grad_output, boxes, input, positions, spatial_scale)
     _bwd(input.device, grad_output, input, boxes, grad_input, spatial_scale, positions)
     return grad_input
@@ -166,7 +166,7 @@ def _backward_vmap(info, in_dims, grad_output, boxes, input, positions, spatial_
 _roi_pool_backward = Operator(
     "_roi_pool_backward(Tensor grad_output, Tensor boxes, Tensor input, Tensor? positions, float spatial_scale)"
     " -> Tensor",
-    cpu=_backward_cpu,
+    impl=_backward_impl,
     fake=_backward_fake,
     vmap=_backward_vmap,
     constant=["boxes", "input"],

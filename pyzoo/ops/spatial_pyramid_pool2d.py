@@ -89,7 +89,7 @@ def _fake(input, levels, average):
     return _new_output(input, levels)
 
 
-def _cpu(input, levels, average):
+def _impl(input, levels, average):
     output = _new_output(input, levels)
     _fwd(input.device, input, levels, output, None, average)
     return output
@@ -101,7 +101,7 @@ def _vmap(info, in_dims, input, levels, average):
 
 
 _pool = Operator(
-    "spatial_pyramid_pool2d(Tensor input, int[] levels, bool average) -> Tensor", cpu=_cpu, fake=_fake, vmap=_vmap
+    "spatial_pyramid_pool2d(Tensor input, int[] levels, bool average) -> Tensor", impl=_impl, fake=_fake, vmap=_vmap
 )
 
 
@@ -110,7 +110,7 @@ def _argmax_fake(input, levels):
     return output, torch.empty_like(output, dtype=torch.int32)
 
 
-def _argmax_cpu(input, levels):
+def _argmax_impl(input, levels):
     output, argmax = _argmax_fake(input, levels)
     _fwd(input.device, input, levels, output, argmax, False)
     return output, argmax
@@ -124,7 +124,7 @@ def _argmax_vmap(info, in_dims, input, levels):
 # The maxima and their pixels y * W + x, as few as the features: with them the backward pass need not read the map.
 _pool_argmax = Operator(
     "_spatial_pyramid_pool2d_argmax(Tensor input, int[] levels) -> (Tensor, Tensor)",
-    cpu=_argmax_cpu,
+    impl=_argmax_impl,
     fake=_argmax_fake,
     vmap=_argmax_vmap,
 )
@@ -140,7 +140,7 @@ def _backward_fake(grad_output, argmax, levels, channels, height, width, channel
     return common.empty((grad_output.shape[0], channels, height, width), grad_output, channels_last)
 
 
-def _backward_cpu(grad_output, argmax, levels, *size):
+def _backward_impl(grad_output, argmax, levels, *size):
     grad_input = _backward_fake(grad_output, argmax, levels, *size)
     argmax = None if argmax is None else argmax.contiguous()
     _bwd(grad_output.device, grad_output.contiguous(), argmax, levels, grad_input)
@@ -160,7 +160,7 @@ def _backward_vmap(info, in_dims, grad_output, argmax, *rest):
 _pool_backward = Operator(
     "_spatial_pyramid_pool2d_backward(Tensor grad_output, Tensor? argmax, int[] levels, SymInt channels, SymInt height,"
     " SymInt width, bool channels_last) -> Tensor",
-    cpu=_backward_cpu,
+    impl=_backward_impl,
     fake=_backward_fake,
     vmap=_backward_vmap,
     constant=["argmax"],
