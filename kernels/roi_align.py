@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from pyzoo.kernels._common import block, divide, wide
+from pyzoo.kernels._configs import pick
 
 # ----------------------------------------------------------------------------------------------------------- geometry
 
@@ -165,15 +166,19 @@ def _roi_align_fwd_kernel(
     tl.store(p_out, mean.to(p_output.dtype.element_ty), m_p[:, None] & m_c[None, :])
 
 
+def _fwd_configs(bins, channels, channels_last):
+    # Neighbours in memory are channels in channels_last, else bins.
+    for p, c in [(8, 128), (16, 64), (4, 256)] if channels_last else [(64, 8), (32, 16), (64, 4)]:
+        yield {"BLOCK_P": block(bins, p), "BLOCK_C": block(channels, c), "num_warps": 4}
+
+
 def roi_align_fwd(inputs, rois, output, scales, sampling_ratio, aligned, level_map):
     boxes, channels, height, width = output.shape
     if output.numel() == 0:
         return
-    if output.stride(1) == 1:  # channels_last: neighbours are channels
-        block_p, block_c = block(height * width, 8), block(channels, 128)
-    else:
-        block_p, block_c = block(height * width, 64), block(channels, 8)
-    grid = (boxes, triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c))
+    shape = {"bins": height * width, "channels": channels, "channels_last": output.stride(1) == 1}
+    config = pick(_roi_align_fwd_kernel, _fwd_configs, output.device, output.dtype, **shape)
+    grid = (boxes, triton.cdiv(height * width, config["BLOCK_P"]), triton.cdiv(channels, config["BLOCK_C"]))
     for level, (x, scale) in enumerate(zip(inputs, scales, strict=True)):
         _roi_align_fwd_kernel[grid](
             *(x, rois, output),
@@ -187,8 +192,7 @@ def roi_align_fwd(inputs, rois, output, scales, sampling_ratio, aligned, level_m
             LEVELS=len(inputs),
             GEOMETRY=wide(x.dtype, rois.dtype),
             SUM=wide(x.dtype),
-            BLOCK_P=block_p,
-            BLOCK_C=block_c,
+            **config,
             enable_fp_fusion=False,  # sampling points as the CPU rounds them
         )
 
@@ -335,6 +339,11 @@ def _roi_align_bwd_kernel(
 BLOCK_BOXES = 32  # bits of the word that says which of them reach a tile
 
 
+def _bwd_configs(channels, bins):
+    for h, w, c, warps in [(8, 8, 32, 4), (8, 8, 16, 4), (4, 8, 64, 4), (8, 16, 32, 8)]:
+        yield {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": block(channels, c), "num_warps": warps}
+
+
 def roi_align_bwd(grad_output, rois, grad_inputs, scales, sampling_ratio, aligned, level_map):
     boxes, channels, pooled_height, pooled_width = grad_output.shape
     bounds = torch.empty((5, boxes), dtype=torch.int32, device=rois.device)
@@ -358,9 +367,10 @@ def roi_align_bwd(grad_output, rois, grad_inputs, scales, sampling_ratio, aligne
                 LEVELS=len(grad_inputs),
                 BLOCK_K=BLOCK_BOXES,
             )
-        block_h, block_w, block_c = 8, 8, block(channels, 32)
-        tiles = triton.cdiv(height, block_h) * triton.cdiv(width, block_w)
-        _roi_align_bwd_kernel[(tiles, triton.cdiv(channels, block_c), images)](
+        shape = {"channels": channels, "bins": pooled_height * pooled_width}
+        config = pick(_roi_align_bwd_kernel, _bwd_configs, x.device, x.dtype, **shape)
+        tiles = triton.cdiv(height, config["BLOCK_H"]) * triton.cdiv(width, config["BLOCK_W"])
+        _roi_align_bwd_kernel[(tiles, triton.cdiv(channels, config["BLOCK_C"]), images)](
             *(grad_output, rois, bounds, x),
             *(*grad_output.stride(), *rois.stride(), *x.stride()),
             *(boxes, channels, height, width, scale),
@@ -369,7 +379,5 @@ def roi_align_bwd(grad_output, rois, grad_inputs, scales, sampling_ratio, aligne
             BLOCK_K=BLOCK_BOXES,
             BLOCK_PH=block(pooled_height, 1 << 20),
             BLOCK_PW=block(pooled_width, 1 << 20),
-            BLOCK_H=block_h,
-            BLOCK_W=block_w,
-            BLOCK_C=block_c,
+            **config,
         )
