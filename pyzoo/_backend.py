@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 from pyzoo._ext import C, MissingCore
 
-BACKENDS = ("cpu", "cuda", "triton")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 DEFAULT = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}  # device -> what is tried, in this order
 
 forced: str | None = None
 
 
 class backend:
-    """Forces a backend: "cpu" (compiled), "cuda" (compiled), "triton"; None: none.
+    """Forces a backend: "cpu" (compiled), "cuda" (compiled), "triton", "reference" (plain PyTorch); None: none.
 
     Takes effect at once, for all threads; as a context manager, until its end. A backend that cannot run raises when an
     operator is called, and says why: nothing else takes its place. ``PYZOO_BACKEND`` forces one from the start. Triton
@@ -45,6 +45,19 @@ class backend:
         return f"backend({self.name!r})"
 
 
+def specified_by(reference: Callable) -> Callable:
+    """Decorates an operator: under ``backend("reference")`` its arguments go to ``reference``."""
+
+    def decorate(operator: Callable) -> Callable:
+        @functools.wraps(operator)
+        def call(*args, **kwargs):
+            return (reference if forced == "reference" else operator)(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 class Kernel:
     """The kernel ``name`` of the slice ``op``, on whatever device: ``<name>_cpu`` or ``<name>_cuda`` of the compiled
     core, or ``<name>`` of ``pyzoo.kernels.<op>``, which take the same arguments."""
@@ -68,6 +81,10 @@ class Kernel:
         return getattr(C, f"{self.name}_cpu")
 
     def _find(self, device: str) -> Callable:
+        if forced == "reference":
+            raise NotImplementedError(
+                f"{self.name}: the functions of pyzoo.ops have a reference, their kernels have not"
+            )
         names = [forced] if forced else DEFAULT.get(device, ())
         reasons = {name: why_not(name, self.op, self.name, device) for name in names}
         for name, reason in reasons.items():

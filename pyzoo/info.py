@@ -98,14 +98,13 @@ def _ops(versions: dict) -> dict[str, dict[str, str]]:
     reference = YES if versions["torch"][0].isdigit() else f"torch: {versions['torch']}"
 
     def status(backend: str, slice: str, kernels: tuple[str, ...]) -> str:
+        if backend == "reference":
+            return reference
         device = "cpu" if backend == "cpu" else "cuda"
         reasons = (_backend.why_not(backend, slice, kernel, device) for kernel in kernels)
         return next((reason for reason in reasons if reason), YES)
 
-    return {
-        op: {b: status(b, _slice(op), kernels) for b in BACKENDS} | {"reference": reference}
-        for op, kernels in OPS.items()
-    }
+    return {op: {b: status(b, _slice(op), kernels) for b in BACKENDS} for op, kernels in OPS.items()}
 
 
 def _slice(op: str) -> str:
@@ -157,8 +156,7 @@ def render(info: dict[str, Any]) -> str:
         note = "" if len(runtimes) < 2 else "   (more than one: expect slow and oversubscribed threads)"
         lines.append(f"runtimes     {', '.join(runtimes) or 'no OpenMP'}{note}")
 
-    backends = (*BACKENDS, "reference")
-    rows = [["op", *backends], *([op, *(status[b] for b in backends)] for op, status in info["ops"].items())]
+    rows = [["op", *BACKENDS], *([op, *(status[b] for b in BACKENDS)] for op, status in info["ops"].items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["", *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)]
     return "\n".join(lines)

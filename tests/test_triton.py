@@ -16,7 +16,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import pyzoo
-from pyzoo import _backend
 from tests import test_ops
 from tests.conftest import INTERPRET_TRITON
 
@@ -82,26 +81,6 @@ def test_a_gradient_that_is_not_finite_stays_where_it_belongs(triton):
     assert grad[0, 0, 1, 1] == torch.inf
     assert (~grad.isfinite()).sum() == 1
     assert grad[grad.isfinite()].sum() == 3
-
-
-def test_a_forced_backend_says_why_it_cannot_run(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with (
-        pyzoo.backend("triton"),
-        pytest.raises(NotImplementedError, match=r"roi_align_fwd: .* cpu tensors .*triton: runs on a GPU"),
-    ):
-        pyzoo.ops.roi_align(torch.ones(2, 3, 4, 4), torch.zeros(1, 5), 2)
-
-
-def test_a_backend_is_forced_until_the_end():
-    before = _backend.forced
-    with pyzoo.backend("triton"):
-        with pyzoo.backend("cpu"):
-            assert _backend.forced == "cpu"
-        assert _backend.forced == "triton"
-    assert _backend.forced is before
-    with pytest.raises(ValueError, match="backend: name must be one of cpu, cuda, triton or None, got 'Triton'"):
-        pyzoo.backend("Triton")
 
 
 # ---------------------------------------------------------------------------------------------------- without running

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 from pyzoo.ops.channel_sum import channel_sum
@@ -400,6 +400,7 @@ _depthwise_conv2d_grad_input.differentiate(_DepthwiseConv2dGradInput)
 _depthwise_conv2d_grad_weight.differentiate(_DepthwiseConv2dGradWeight)
 
 
+@specified_by(depthwise_conv2d_reference)
 def depthwise_conv2d(
     input: Tensor,
     weight: Tensor,

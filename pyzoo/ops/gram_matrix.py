@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 
@@ -162,6 +162,7 @@ _gram_matrix.differentiate(_GramMatrix)
 _gram_matrix_backward.differentiate(_GramMatrixBackward)
 
 
+@specified_by(gram_matrix_reference)
 def gram_matrix(features: Tensor, *, normalize: bool = True) -> Tensor:
     """The Gram matrix of the channels of each image, G_ij = sum over positions of F_ik F_jk, by default per channel and
     position: divided by C * H * W (Gatys et al. 2015, equation 3, where nothing is divided).
@@ -273,6 +274,7 @@ class _GramLoss(Function):
 _gram_loss.differentiate(_GramLoss)
 
 
+@specified_by(gram_loss_reference)
 def gram_loss(features: Tensor, target: Tensor, *, normalize: bool = True) -> Tensor:
     """The mean squared difference of the Gram matrices of ``features`` and of ``target``: the style loss of one layer.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 from pyzoo.ops.channel_sum import channel_sum
@@ -327,6 +327,7 @@ _masked_conv2d_input.differentiate(_MaskedConv2dInput)
 _masked_conv2d_weight.differentiate(_MaskedConv2dWeight)
 
 
+@specified_by(masked_conv2d_reference)
 def masked_conv2d(
     input: Tensor,
     weight: Tensor,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Operator
 
@@ -194,6 +194,7 @@ _nms_padded = Operator(
 )
 
 
+@specified_by(nms_reference)
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_output: int | None = None):
     """Keeps the best boxes: each kept box suppresses those of lower score that overlap it by IoU > ``iou_threshold``.
 
@@ -288,6 +289,7 @@ _batched_nms_padded = Operator(
 )
 
 
+@specified_by(batched_nms_reference)
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, max_output: int | None = None):
     """:func:`nms` of each class by itself: boxes of different ``idxs`` never suppress each other.
 

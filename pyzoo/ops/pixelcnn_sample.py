@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 
 Condition = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -442,6 +442,7 @@ torch.library.register_fake("pyzoo::pixelcnn_sample", _fake, lib=common.lib)
 
 
 @torch.no_grad()
+@specified_by(pixelcnn_sample_reference)
 def pixelcnn_sample(
     network: PixelCNNNetwork,
     size: Sequence[int],

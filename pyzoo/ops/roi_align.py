@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 
@@ -238,6 +238,7 @@ _roi_align.differentiate(_RoIAlign)
 _roi_align_backward.differentiate(_RoIAlignBackward)
 
 
+@specified_by(roi_align_reference)
 def roi_align(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -444,6 +445,7 @@ _multiscale_roi_align.differentiate(_MultiScaleRoIAlign)
 _multiscale_roi_align_backward.differentiate(_MultiScaleRoIAlignBackward)
 
 
+@specified_by(multiscale_roi_align_reference)
 def multiscale_roi_align(
     inputs: Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],

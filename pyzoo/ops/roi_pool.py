@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator, _is_plain
 
@@ -236,6 +236,7 @@ _roi_pool.differentiate(_RoIPool)
 _roi_pool_backward.differentiate(_RoIPoolBackward)
 
 
+@specified_by(roi_pool_reference)
 def roi_pool(
     input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
 ) -> Tensor:

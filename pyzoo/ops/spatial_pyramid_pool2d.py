@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyzoo._backend import Kernel
+from pyzoo._backend import Kernel, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 
@@ -249,6 +249,7 @@ _pool_argmax.differentiate(_Max)
 _pool_backward.differentiate(_PoolBackward)
 
 
+@specified_by(spatial_pyramid_pool2d_reference)
 def spatial_pyramid_pool2d(input: Tensor, levels: Levels = (1, 2, 4), mode: str = "max") -> Tensor:
     """Pools a map of any size to a vector of fixed length: the bins of several grids (SPP-net, section 2.2).
 
