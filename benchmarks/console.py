@@ -30,6 +30,8 @@ def bench(args: Namespace) -> int:
         if args.list:
             console.print(case_table(selected))
             return 0
+        if args.device != "cpu" and not torch.cuda.is_available():
+            raise CommandError(f"--device {args.device}: torch {torch.__version__} sees no GPU")
         if args.threads:
             torch.set_num_threads(args.threads)
         document = run_with_progress(selected, args)
@@ -63,6 +65,8 @@ def run_with_progress(selected: list[tuple], args: Namespace) -> dict:
             selected,
             quick=args.quick,
             cold=args.cold,
+            device=args.device,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
             on_case=lambda spec, case: progress.update(task, description=f"{spec.name} {case.id}"),
             on_result=lambda result: progress.advance(task),
         )
@@ -129,13 +133,8 @@ def colored(ratio: float) -> str:
 
 
 def machine_line(document: dict) -> str:
-    machine, threads, torch_version = (
-        document["machine"],
-        document["settings"]["threads"],
-        document["versions"]["torch"],
-    )
     copy, gemm = document["ceilings"]["copy_bytes_per_second"], document["ceilings"]["gemm_flops_per_second"]
     return (
-        f"\n{machine['cpu']}, {threads} threads, {machine['isa']}, torch {torch_version}; "
+        f"\n{suite.summary_line(document)}, torch {document['versions']['torch']}; "
         f"copy {copy / 1e9:.1f} GB/s, gemm {gemm / 1e9:.0f} GFLOP/s"
     )

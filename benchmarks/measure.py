@@ -13,9 +13,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 
 import torch
+
+import pyzoo
 
 Call = Callable[[], object]
 
@@ -147,12 +149,30 @@ def _as_leaves(value, leaves: list[torch.Tensor]):
     return type(value)(_as_leaves(item, leaves) for item in value)
 
 
-def prepare(spec, case) -> tuple[Call, Call | None]:
+def move(value, device: str, dtype: torch.dtype | None = None):
+    """``value`` with all tensors and modules inside of it on ``device``, and what is floating there in ``dtype``."""
+    if isinstance(value, (torch.Tensor, torch.nn.Module)):
+        is_cast = isinstance(value, torch.nn.Module) or value.is_floating_point()
+        return value.to(device, dtype if is_cast else None)
+    if is_dataclass(value):
+        return replace(value, **{f.name: move(getattr(value, f.name), device, dtype) for f in fields(value)})
+    if isinstance(value, dict):
+        return {key: move(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(item, device, dtype) for item in value)
+    return value
+
+
+def prepare(spec, case, device: str = "cpu", dtype: torch.dtype | None = None) -> tuple[Call, Call | None]:
     """Builds the case's input, checks pyzoo against the peer (the reference where there is none), returns both calls.
 
-    This is the first run of both, so it also loads libraries and faults in memory.
+    This is the first run of both, so it also loads libraries and faults in memory. ``dtype`` is that of what can have a
+    gradient: boxes, for example, stay as they are.
     """
-    args, kwargs = case.make()
+    with pyzoo.backend(None):  # it may call operators, on the CPU
+        args, kwargs = case.make()
+    args = tuple(move(arg, device, dtype if i in spec.differentiable else None) for i, arg in enumerate(args))
+    kwargs = move(kwargs, device)
 
     def call(function: Callable) -> Call:
         return make_call(function, args, kwargs, case.backward, spec.differentiable)
@@ -163,14 +183,27 @@ def prepare(spec, case) -> tuple[Call, Call | None]:
 
 
 def seconds_per_call(call: Call, loops: int = 1) -> float:
+    _wait_for_gpu()
     start = time.perf_counter()
     for _ in range(loops):
         call()
+    _wait_for_gpu()
     return (time.perf_counter() - start) / loops
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def peak_bytes(call: Call) -> int:
     """The most that torch's allocator had given out at a time during ``call()``, not counting what it returns."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = tensors_of(call())
+        returned = sum(tensor.untyped_storage().nbytes() for tensor in results)
+        return max(torch.cuda.max_memory_allocated() - before - returned, 0)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print lines of its own
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -230,12 +263,20 @@ def paired_ratio(ours: list[float], peer: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, peer, strict=True))
 
 
-def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call | None = None) -> Result:
+def run_case(
+    spec,
+    case,
+    budget: Budget,
+    ceilings: Ceilings,
+    before_sample: Call | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Result:
     """Checks and times one case. What goes wrong stands in the result: one broken case must not hide the others."""
     direction = "step" if case.step else "backward" if case.backward else "forward"
     result = Result(spec.name, case.id, case.group, direction, case.size, spec.peer_name if spec.peer else "")
     try:
-        ours, peer = prepare(spec, case)
+        ours, peer = prepare(spec, case, device, dtype)
         samples = interleave([ours, peer] if peer else [ours], budget, before_sample)
         if case.step:
             result.pyzoo_bytes, result.peer_bytes = peak_bytes(ours), peak_bytes(peer) if peer else None
@@ -253,17 +294,19 @@ def run_case(spec, case, budget: Budget, ceilings: Ceilings, before_sample: Call
         result.peer_samples = [seconds / case.peer_share for seconds in samples[1]]
         result.peer_seconds = statistics.median(result.peer_samples)
         result.ratio = paired_ratio(result.pyzoo_samples, result.peer_samples)
-    if floor := ceilings.floor_seconds(case):
+    # The floors of the cases are those of float32; the other tensors are small.
+    if floor := ceilings.floor_seconds(case) * (dtype.itemsize / 4 if dtype else 1):
         result.floor_seconds = floor
         result.ceiling_fraction = floor / result.pyzoo_seconds
     return result
 
 
-def measure_ceilings(copy_mib: int = 256, gemm_size: int = 1536, repeats: int = 15) -> Ceilings:
+def measure_ceilings(device: str = "cpu", dtype: torch.dtype | None = None, repeats: int = 15) -> Ceilings:
     """The best of several runs: a ceiling is what the machine can do, not what it does on average."""
-    source = torch.ones(copy_mib << 18)
+    copy_mib, gemm_size = (256, 1536) if device == "cpu" else (1024, 8192)
+    source = torch.ones(copy_mib << 18, device=device)
     target = torch.empty_like(source)
-    a, b = torch.rand(2, gemm_size, gemm_size).unbind()
+    a, b = torch.rand(2, gemm_size, gemm_size, device=device, dtype=dtype).unbind()
     out = torch.empty_like(a)
     pixels, kernel = a.view(1, 32, gemm_size // 32, gemm_size).permute(0, 3, 1, 2), b.view(gemm_size, gemm_size, 1, 1)
 

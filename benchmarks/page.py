@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .measure import geometric_mean
-from .suite import busy, problems, summary
+from .suite import busy, problems, summary, summary_line
 
 FORWARD, BACKWARD, LOSS, PEER, FLOOR, INK = "#2563eb", "#0d9488", "#dc2626", "#9ca3af", "#d97706", "#374151"
 
@@ -122,13 +122,11 @@ def _peers(results: list[dict]) -> str:
 
 
 def _header(document: dict) -> str:
-    machine, settings = document["machine"], document["settings"]
+    settings = document["settings"]
     facts = [
         document["finished"].replace("T", " ").replace("+00:00", " UTC"),
         f"pyzoo {document['versions']['pyzoo']}" + (f" ({document['commit']})" if document["commit"] else ""),
-        machine["cpu"],
-        f"{settings['threads']} threads",
-        machine["isa"],
+        summary_line(document),
     ]
     set_name = "quick set" if settings["quick"] else "full set"
     title = f'<h1>pyzoo benchmark</h1>\n<p class="dim">{escape(" · ".join([*facts, set_name]))}</p>'
@@ -324,10 +322,11 @@ def _machine(document: dict) -> str:
         **document["versions"],
         "commit": document["commit"] or "not run from a checkout",
         "threads": settings["threads"],
+        "backend": settings["backend"] or "the default",
         "caches": settings["cache"],
         "load before the run": document["load_before"],
         "copy bandwidth": f"{ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s (bytes read plus bytes written)",
-        "matrix product": f"{ceilings['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s (float32)",
+        "matrix product": f"{ceilings['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s ({settings['dtype']})",
     }
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
     return f'<div class="panel"><dl>{rows}</dl></div>\n<p class="dim">{METHOD}</p>'

@@ -22,10 +22,8 @@ def table(document: dict) -> str:
     for row in suite.summary(document["results"]):
         ratios = " | ".join(format_ratio(row[key]) for key in ("mean", "least", "most"))
         lines.append(f"| {row['op']} | {row['direction']} | {row['cases']} | {ratios} |")
-    machine, versions, settings = document["machine"], document["versions"], document["settings"]
-    where = f"{machine['cpu']}, {settings['threads']} threads, {machine['isa']}"
-    what = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision"))
-    return "\n".join([*lines, "", f"{where}; {what}; commit {document['commit']}."])
+    what = ", ".join(f"{name} {document['versions'][name]}" for name in ("torch", "torchvision"))
+    return "\n".join([*lines, "", f"{suite.summary_line(document)}; {what}; commit {document['commit']}."])
 
 
 def insert(text: str, content: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import pyzoo
+from pyzoo import _backend
 from pyzoo._ext import C
 
 from . import measure
@@ -51,26 +52,35 @@ def run(
     *,
     quick: bool = False,
     cold: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
     on_case: Callable[[object, object], None] = lambda spec, case: None,
     on_result: Callable[[measure.Result], None] = lambda result: None,
 ) -> dict:
     """Measures the (spec, case) pairs and returns the document that is written as JSON and rendered as HTML."""
     load = system_load()
-    ceilings = measure.measure_ceilings()
+    ceilings = measure.measure_ceilings(device, dtype)
     evict = measure.cache_evictor() if cold else None
     results = []
     for spec, case in selected:
         on_case(spec, case)
-        result = measure.run_case(spec, case, measure.QUICK if quick else measure.FULL, ceilings, evict)
+        budget = measure.QUICK if quick else measure.FULL
+        result = measure.run_case(spec, case, budget, ceilings, evict, device, dtype)
         results.append(result.to_dict())
         on_result(result)
     return {
         "schema_version": SCHEMA_VERSION,
-        "machine": machine(),
+        "machine": machine(device),
         "versions": versions(),
         "commit": commit(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {"quick": quick, "cache": "cold" if cold else "warm", "threads": torch.get_num_threads()},
+        "settings": {
+            "quick": quick,
+            "cache": "cold" if cold else "warm",
+            "threads": torch.get_num_threads(),
+            "dtype": str(dtype or torch.float32).removeprefix("torch."),
+            "backend": _backend.forced,
+        },
         "load_before": load,
         "ceilings": asdict(ceilings),
         "results": results,
@@ -118,14 +128,26 @@ def regressions(results: list[dict], baseline: list[dict], tolerance: float = 1.
     return worse
 
 
-def machine() -> dict:
+def machine(device: str = "cpu") -> dict:
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return {
+        **gpu,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "architecture": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
         "isa": C.build_info()["isa"],
     }
+
+
+def summary_line(document: dict) -> str:
+    """What it was measured on."""
+    machine, settings = document["machine"], document["settings"]
+    cpu = f"{machine['cpu']}, {settings['threads']} threads, {machine['isa']}"
+    if "gpu" not in machine:
+        return cpu
+    backend = f", backend {settings['backend']}" if settings["backend"] else ""
+    return f"{machine['gpu']}, CUDA {machine['cuda']}, {settings['dtype']}{backend}"
 
 
 def system_load() -> float | None:

@@ -42,6 +42,8 @@ def add_bench(verbs) -> None:
     add("ops", nargs="*", metavar="OP", help="only these ops (default: all)")
     add("--quick", action="store_true", help="the short set of cases, fewer runs")
     add("--threads", type=positive, metavar="N", help="threads torch and pyzoo may use (default: torch's)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of features and weights (default: float32)")
     add("--cold", action="store_true", help="evict the caches before each run")
     add("-o", "--output", metavar="DIR", default="out/bench", help="folder for page and data (default: %(default)s)")
     add("--json", metavar="FILE", help="file for the raw samples (default: DIR/bench.json)")

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -182,6 +182,29 @@ def test_problems_of_one_reason_are_one_sentence():
     ]
 
 
+@dataclass
+class Network:
+    weights: list[torch.Tensor]
+    size: int
+
+
+def test_arguments_move_to_a_device_and_dtype():
+    network, index = Network([torch.ones(2, 3)], 4), torch.arange(3)
+    args, kwargs = measure.move(((network, index), {"module": torch.nn.Linear(2, 2)}), "meta", torch.bfloat16)
+    assert args[0].size == 4
+    assert (args[0].weights[0].device.type, args[0].weights[0].dtype) == ("meta", torch.bfloat16)
+    assert (args[1].device.type, args[1].dtype) == ("meta", torch.int64)
+    assert (kwargs["module"].weight.device.type, kwargs["module"].weight.dtype) == ("meta", torch.bfloat16)
+
+
+def test_a_dtype_is_that_of_what_has_a_gradient():
+    seen = []
+    op = lambda x, boxes: seen.append((x.dtype, boxes.dtype)) or x + 0  # noqa: E731
+    two = BenchCase("two", "a group", lambda: ((torch.ones(4), torch.ones(4)), {}), floor_bytes=1e4)
+    measure.run_case(replace(spec(), op=op, peer=op), two, BUDGET, CEILINGS, dtype=torch.bfloat16)
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
 def test_regressions_name_the_case():
     before = [result("nms", "dense <5000>", "forward", 130.0), result("roi_align", "nchw", "forward", 4.4)]
     assert suite.regressions(RESULTS, before) == ["nms dense <5000>: 100.00x, was 130.00x"]
@@ -195,7 +218,7 @@ def document():
         "versions": {"pyzoo": "1.2.3", "torch": torch.__version__},
         "commit": "0123abc",
         "finished": "2026-01-01T00:00:00+00:00",
-        "settings": {"quick": True, "cache": "warm", "threads": 2},
+        "settings": {"quick": True, "cache": "warm", "threads": 2, "dtype": "float32", "backend": None},
         "load_before": 0.1,
         "ceilings": vars(CEILINGS),
         "results": RESULTS,
@@ -233,7 +256,7 @@ def two_ops(monkeypatch):
     good = spec(cases=[case(quick=True), case("big", size=8), case("grad", backward=True)])
     bad = replace(spec(op=lambda x: x, cases=[case(quick=True)]), name="wrong")
     monkeypatch.setattr(suite, "load_specs", lambda: {"double": good, "wrong": bad})
-    monkeypatch.setattr(measure, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(measure, "measure_ceilings", lambda *_: CEILINGS)
     monkeypatch.setattr(measure, "QUICK", BUDGET)
     monkeypatch.setattr(measure, "FULL", BUDGET)
 
@@ -267,6 +290,12 @@ def test_list_shows_the_cases(two_ops, capsys):
 def test_an_unknown_op_is_named_with_those_there_are(two_ops, capsys):
     assert cli.main(["bench", "nmz"]) == 2
     assert "unknown op nmz; there are: double, wrong" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(two_ops, capsys):
+    assert cli.main(["bench", "--device", "cuda"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
 
 
 def test_bad_arguments_are_refused(capsys):

@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs that are not here.
 
-On a machine with a GPU the interpreter is not used: there ``PYZOO_BACKEND=triton`` runs all of ``test_ops.py``.
+On a machine with a GPU the interpreter is not used: there ``PYZOO_TEST_DEVICE=cuda PYZOO_BACKEND=triton`` runs
+``test_ops.py`` on them.
 """
 
 from __future__ import annotations
