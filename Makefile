@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
 CPP := $(shell find csrc -type f)
 
-.PHONY: help demo test bench lint format asan clean
+.PHONY: help demo test bench lint format asan gpu clean
 
 help:
 	@echo 'make demo     photographs through pyzoo and torchvision, side by side: out/demo, out/bench'
@@ -15,6 +15,7 @@ help:
 	@echo 'make bench    every benchmark: out/bench'
 	@echo 'make lint     what CI checks: ruff, clang-format; make format fixes it'
 	@echo 'make asan     the tests of the kernels under the address and undefined behaviour sanitizers (g++)'
+	@echo 'make gpu      build, tests and benchmarks on a GPU, with what the Python at hand has: out/gpu, benchmarks/results'
 	@echo 'make clean    removes all that was built; .venv stays'
 	@echo 'PYTHON=python3.12 chooses the interpreter, VENV=path another place than .venv'
 
@@ -72,6 +73,10 @@ asan: $(INSTALLED)
 	cd $(ASAN) && LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $(ASAN_CXX) -print-file-name=lib$$lib.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYZOO_FUZZ=$${PYZOO_FUZZ:-50} \
 	  $(abspath $(BIN))/python -m pytest --capture=sys $(ASAN_TESTS) -k 'not ($(ASAN_SKIP))'
+
+# On a machine that may have no network: nothing is installed.
+gpu:
+	PYTHON='$(PYTHON)' benchmarks/gpu.sh
 
 clean:
 	rm -rf build dist out *.egg-info pyzoo/_C*.so .pytest_cache .ruff_cache .benchmarks $(INSTALLED)

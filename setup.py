@@ -1,5 +1,6 @@
 """Builds pyzoo._C from csrc/ with ninja: no torch needed, nvcc optional.
 
+PYZOO_CORE=1|0        compile the core, or nothing: the Triton kernels, on a GPU, are all that there is then
 PYZOO_CUDA=auto|0|1   compile the CUDA kernels if nvcc is found (auto), never, or fail without it
 PYZOO_CUDA_ARCHS      compute capabilities, default "80 90": machine code for each, PTX for the last
 CXX, CXXFLAGS, NVCC, MAX_JOBS are obeyed as usual.
@@ -146,4 +147,8 @@ def ninja_program() -> str:
         raise SystemExit("pyzoo build: ninja is needed (pip install ninja)") from None
 
 
-setup(version=VERSION, ext_modules=[Extension("pyzoo._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+core = [Extension("pyzoo._C", sources=[])]
+if os.environ.get("PYZOO_CORE", "1") == "0":
+    say("no compiled core: PYZOO_CORE=0")
+    core = []
+setup(version=VERSION, ext_modules=core, cmdclass={"build_ext": NinjaBuild})

@@ -1,8 +1,9 @@
 """Which configuration a kernel is launched with: its blocks, warps and stages.
 
-A launcher offers candidates, the first of which is a sane default. What has been measured is data: ``configs/<family of
-the GPU>.json`` maps a kernel to the candidates that won, each with its dtype and shape, and a launch takes that of the
-nearest shape. Nothing is measured in the user's process, except by ``pyzoo tune``.
+A launcher offers candidates, the first of which is a sane default. What has been measured is data: ``<family of the
+GPU>.json`` maps a kernel to the candidates that won, each with its dtype and shape, and a launch takes that of the
+nearest shape. ``pyzoo tune`` measures, nothing else does; it writes into the user's cache, which comes before what was
+installed.
 """
 
 from __future__ import annotations
@@ -10,41 +11,49 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent / "configs"
+INSTALLED = Path(__file__).parent / "configs"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyzoo" / "configs"
 
 
 def pick(kernel: Callable, candidates: Callable, device: torch.device, dtype: torch.dtype, **shape: int) -> dict:
     """The configuration that won for the nearest measured shape of this dtype, or the first of
     ``candidates(**shape)``."""
     found = list(candidates(**shape))
-    entries = _measured(_family(device)).get(kernel.__name__)
-    nearest = _nearest(entries, str(dtype).removeprefix("torch."), shape) if entries else None
-    return nearest if nearest in found else found[0]  # not in them: they have changed since, or depend on the shape
+    return choose(kernel.__name__, found, family(device), str(dtype).removeprefix("torch."), shape)
 
 
-def _nearest(entries: list[dict], dtype: str, shape: dict[str, int]) -> dict | None:
-    near = [entry for entry in entries if entry["dtype"] == dtype and entry["shape"].keys() == shape.keys()]
+def nearest(kernel: str, candidates: list[dict], family: str, dtype: str, shape: dict[str, int]) -> dict:
+    entries = measured(family).get(kernel, [])
+    # Not among the candidates: they have changed since, or this shape has others.
+    near = [entry for entry in entries if entry["dtype"] == dtype and entry["config"] in candidates]
 
     def distance(entry: dict) -> float:
-        return sum(abs(math.log2((n + 1) / (entry["shape"][name] + 1))) for name, n in shape.items())
+        return sum(abs(math.log2((n + 1) / (entry["shape"].get(name, 0) + 1))) for name, n in shape.items())
 
-    return min(near, key=distance)["config"] if near else None
+    return min(near, key=distance)["config"] if near else candidates[0]
+
+
+choose = nearest  # what pyzoo tune replaces while it measures
 
 
 @functools.cache
-def _measured(family: str) -> dict[str, list[dict]]:
+def measured(family: str) -> dict[str, list[dict]]:
     """kernel -> entries {"dtype", "shape", "config"}."""
-    file = FOLDER / f"{family}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    for folder in (CACHE, INSTALLED):
+        file = folder / f"{family}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+    return {}
 
 
 @functools.cache
-def _family(device: torch.device) -> str:
+def family(device: torch.device) -> str:
     """``sm_90`` for an H100 or H200, ``gfx942`` for an MI300, else the type of the device."""
     if device.type != "cuda":
         return device.type

@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs ``pyzoo VERB ...`` and returns the exit status."""
     parser = argparse.ArgumentParser(prog="pyzoo", description="Fast vision kernels for PyTorch and NumPy.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (add_info, add_bench):
+    for add in (add_info, add_bench, add_tune):
         add(verbs)
     args = parser.parse_args(argv)
     try:
@@ -58,14 +58,32 @@ def bench(args: argparse.Namespace) -> int:
 
     Exits with 1 if the outputs of a case disagree.
     """
+    return run_from_tree("benchmarks.console", "bench", args)
+
+
+def add_tune(verbs) -> None:
+    parser = verbs.add_parser("tune", help="measure the Triton kernels' configurations", description=tune.__doc__)
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="OP", help="only these ops (default: all)")
+    add("--quick", action="store_true", help="the short set of shapes")
+    add("-o", "--output", metavar="DIR", help="folder for the data (default: pyzoo's own in the user's cache)")
+    parser.set_defaults(run=tune)
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Measures the configurations that the Triton kernels offer on this GPU; later calls take the fastest for the
+    nearest shape."""
+    return run_from_tree("benchmarks.tune", "tune", args)
+
+
+def run_from_tree(module: str, verb: str, args: argparse.Namespace) -> int:
     root = suite_root()
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     try:
-        console = importlib.import_module("benchmarks.console")
-        return console.bench(args)
+        return getattr(importlib.import_module(module), verb)(args)
     except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in ("matplotlib", "rich", "torch", "torchvision"):
+        if error.name and error.name.partition(".")[0] in ("matplotlib", "rich", "torch", "torchvision", "triton"):
             raise CommandError(f"'{error.name}' is missing; install it with: pip install 'pyzoo[bench]'") from error
         raise
     except ImportError as error:  # the compiled core does not load; the message says why

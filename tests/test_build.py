@@ -252,6 +252,21 @@ def test_info_survives_a_broken_core(package_without_core):
     assert done.stderr == ""
 
 
+def test_a_missing_core_leaves_the_triton_kernels(package_without_core):
+    pytest.importorskip("triton")
+    code = (
+        "import torch, pyzoo\n"
+        "x, boxes = torch.rand(1, 2, 6, 6, requires_grad=True), torch.tensor([[0.0, 1, 1, 5, 4]])\n"
+        "with pyzoo.backend('triton'): out = pyzoo.ops.roi_align(x, boxes, 2); out.sum().backward()\n"
+        "print(float((out - pyzoo.ops.roi_align_reference(x, boxes, 2)).abs().max()) < 1e-5, float(x.grad.sum()))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(package_without_core.parent), "TRITON_INTERPRET": "1"}
+    done = run(NO_FINDER + code, cwd=package_without_core.parent, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "True"
+    assert float(done.stdout.split()[1]) == pytest.approx(8)
+
+
 def test_info():
     from pyzoo import info
 
@@ -325,3 +340,11 @@ def test_build_without_nvcc_stops_with_one_line(source_tree, tmp_path_factory, v
     assert done.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in done.stderr
     assert not list((source_tree / "pyzoo").glob("_C*.so"))
+
+
+@is_clone
+def test_build_without_a_core(source_tree, tmp_path):
+    done = setup_py(source_tree, "build", "--build-base", str(tmp_path), PYZOO_CORE="0", CXX="no-compiler")
+    assert done.returncode == 0, done.stderr
+    assert "no compiled core: PYZOO_CORE=0" in done.stderr
+    assert (tmp_path / "lib" / "pyzoo" / "kernels" / "roi_align.py").exists()

@@ -1,16 +1,20 @@
 """python -m tests.triton_offline ARCH: compiles all that the launchers of the Triton kernels launch in the quick
-benchmarks, in each dtype, for a GPU that need not be here (80 is an A100, 90 an H100, 100 a B200).
+benchmarks, in each dtype, for a GPU that need not be here (80 is an A100, 90 an H100, 100 a B200): with the default
+configuration and those measured for that GPU, with --all each candidate.
 
-Prints a line of JSON for each compiled kernel: its registers, the bytes it spills and its shared memory.
+Prints a line of JSON for each compiled kernel: its registers, the bytes it spills and its shared memory. With --write,
+the most that each kernel takes goes to ``triton_resources.json``, which a test holds against what it finds.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import itertools
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -24,8 +28,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pyzoo import _backend
+from pyzoo.kernels import _configs
 from tests.test_triton import SPECS
 
+RESOURCES = ("registers", "spilled", "shared")
+TABLE = Path(__file__).parent / "triton_resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -56,22 +63,20 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spilled": int(found["LOCAL"])}
 
 
-def main(arch: int) -> None:
+def main(arch: int, every: bool) -> list[dict]:
     driver.set_active(AbsentGPU(arch))
     _backend.why_not = lambda *_: None
-    compile, seen = JITFunction.run, set()
+    _configs.family = lambda device: f"sm_{arch}"
+    compile, seen, found = JITFunction.run, set(), []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         compiled = compile(self, *args, grid=grid, warmup=True, **kwargs)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            about = {
-                "kernel": self.__name__,
-                "slice": self.module.rpartition(".")[2],
-                "case": case.id,
-                "dtype": str(dtype),
-            }
-            print(json.dumps({**about, **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared}))
+            about = {"kernel": self.__name__, "slice": self.module.rpartition(".")[2]}
+            about |= {"case": case.id, "dtype": str(dtype)}
+            found.append({**about, **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared})
+            print(json.dumps(found[-1]), flush=True)
 
     JITFunction.run = compile_only
     _backend.backend("triton")
@@ -79,7 +84,28 @@ def main(arch: int) -> None:
         for dtype in spec.dtypes:
             for case in spec.bench():
                 if case.quick:
-                    launch(spec, case, dtype)
+                    more = [False]  # whether there is another configuration to compile
+                    for number in itertools.count():
+                        more[0] = False
+                        _configs.choose = functools.partial(choose, number, every, more)
+                        launch(spec, case, dtype)
+                        if not more[0]:
+                            break
+    return found
+
+
+def choose(number: int, every: bool, more: list[bool], kernel, candidates, family, dtype, shape):
+    """The configuration of that number, of those to compile."""
+    stored = [entry["config"] for entry in _configs.measured(family).get(kernel, []) if entry["dtype"] == dtype]
+    chosen = [config for i, config in enumerate(candidates) if every or i == 0 or config in stored]
+    more[0] |= number + 1 < len(chosen)
+    return chosen[min(number, len(chosen) - 1)]
+
+
+def most(found: list[dict]) -> dict[str, dict[str, int]]:
+    """What each kernel takes at most."""
+    names = sorted({kernel["kernel"] for kernel in found})
+    return {n: {r: max(k[r] for k in found if k["kernel"] == n) for r in RESOURCES} for n in names}
 
 
 def launch(spec, case, dtype) -> None:
@@ -97,4 +123,14 @@ def launch(spec, case, dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("arch", type=int)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    found = most(main(args.arch, args.all))
+    if args.write:
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        before = table if table.get("triton") == triton.__version__ else {}
+        table = {**before, "triton": triton.__version__, f"sm_{args.arch}": found}
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
