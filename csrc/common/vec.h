@@ -17,6 +17,11 @@
 #include "parallel.h"
 
 #define PZ_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define PZ_APART __attribute__((noinline))
+#else
+#define PZ_APART __attribute__((noinline, noclone))
+#endif
 #define PZ_LAMBDA __attribute__((always_inline))  // [&](...) PZ_LAMBDA { }
 
 // PZ_SHUFFLE(integer vector type, a, b, indices...)

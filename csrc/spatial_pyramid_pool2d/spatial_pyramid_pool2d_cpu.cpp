@@ -34,7 +34,8 @@ struct Level {
 
 struct Pyramid {
   std::vector<Level> levels;
-  int64_t bins = 0;  // of a channel
+  int64_t bins = 0;     // of a channel
+  int64_t covered = 0;  // pixels in them
 
   Pyramid(const std::vector<int64_t>& sizes, int64_t height, int64_t width) {
     check(!sizes.empty() && sizes.size() % 2 == 0, "levels must be pairs of height and width");
@@ -49,6 +50,9 @@ struct Pyramid {
       check(h >= 1 && w >= 1 && h <= INT32_MAX && w <= INT32_MAX, "levels must be positive and below 2^31");
       levels.push_back({h, w, bins, cut(h, height), cut(w, width)});
       bins += h * w;
+      const auto add_size = [](int64_t sum, const Span& span) { return sum + span.size(); };
+      const std::vector<Span>&y = levels.back().y, &x = levels.back().x;
+      covered += std::accumulate(y.begin(), y.end(), int64_t(0), add_size) * std::accumulate(x.begin(), x.end(), int64_t(0), add_size);
     }
   }
 };
