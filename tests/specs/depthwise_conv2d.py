@@ -45,6 +45,7 @@ def samples(dtype, memory_format):
     for width in (1, 4, 15, 16, 17, 33, 65, 140):  # around the length of a vector, and more than one tile
         yield Sample(f"width_{width}", (maps(1, 2, 6, width), *parameters(2, 3, 3), 1, 1))
         yield Sample(f"width_{width}_stride_2", (maps(1, 2, 6, width), *parameters(2, 5, 5), 2, 2))
+    yield Sample("many_channels", (maps(2, 40, 18, 50), *parameters(40, 5, 5), 1, 2))
     yield Sample("bands", (maps(1, 17, 70, 80), *parameters(17, 3, 3), 1, 1))
     yield Sample("bands_stride_2", (maps(1, 1, 300, 260), *parameters(1, 5, 5), 2, 2))
     yield Sample("stride_3", (maps(2, 5, 13, 50), w, b, 3, 1))
