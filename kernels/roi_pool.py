@@ -304,7 +304,7 @@ BLOCK_BOXES = 32  # bits of the word that says which of them reach a tile
 
 
 def _bwd_configs(channels, bins):
-    for h, w, c, at_once, warps in [(4, 8, 64, 4, 4), (4, 4, 64, 4, 4), (4, 8, 32, 4, 4), (8, 8, 64, 4, 8)]:
+    for h, w, c, at_once, warps in [(4, 8, 32, 4, 4), (4, 4, 64, 4, 4), (4, 8, 64, 4, 8), (8, 8, 32, 4, 8)]:
         config = {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": block(channels, c), "AT_ONCE": at_once}
         yield {**config, "num_warps": warps}
 
