@@ -4,7 +4,7 @@ The boxes are sorted by score, and by class before that where classes are compar
 other lie together. They are taken in chunks. Which boxes of a chunk suppress which of it is a matrix of bits, made by
 as many programs as it has tiles. One program then walks over the chunk, some boxes at a time, and decides which are
 kept. For the boxes after the chunk no bits are stored: they are compared with the kept ones only. So a box takes CHUNK
-bits of memory, however many there are; each chunk takes two launches, and no more than one where there is only one.
+bits of memory, however many there are, and a chunk two launches.
 """
 
 from __future__ import annotations
@@ -328,21 +328,20 @@ def nms(boxes, scores, idxs, iou_threshold, keep, shift_classes):
     if boxes.dim() == 2:
         boxes, scores, keep = boxes[None], scores[None], keep[None]
         idxs = None if idxs is None else idxs[None]
-    float_of = {tl.float32: torch.float32, tl.float64: torch.float64}
-    box_type, score_type = float_of[wide(boxes.dtype)], float_of[wide(scores.dtype)]
+    box_type = torch.promote_types(boxes.dtype, torch.float32)
 
     def new(*shape, dtype=torch.int32):
         return torch.empty((entries, *shape), dtype=dtype, device=boxes.device)
 
     # Sorting. Integers, since libraries differ in where they put NaN and -0.
     blocks = entries * triton.cdiv(n, 1024)
-    key = new(n, dtype=torch.int64 if score_type == torch.float64 else torch.int32)
+    key = new(n, dtype=torch.int64 if scores.dtype == torch.float64 else torch.int32)
     _nms_key_kernel[(blocks,)](scores, key, *scores.stride(), n, SCORE=wide(scores.dtype), BLOCK=1024)
     order = key.sort(stable=True).indices
     classes = rank = largest = None
     if idxs is not None:
         if shift_classes:
-            largest = boxes.flatten(1).amax(1).to(box_type)
+            largest = boxes.amax((1, 2)).to(box_type)
         else:
             classes, rank = idxs.gather(1, order).sort(stable=True)
     sorted, dead = new(5, n, dtype=box_type), new(n, dtype=torch.int8)
