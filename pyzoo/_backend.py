@@ -98,6 +98,11 @@ class Kernel:
         return getattr(importlib.import_module(f"pyzoo.kernels.{self.op}"), self.name)
 
 
+def runs_on_core(device) -> bool:
+    """Whether the kernels for tensors of ``device`` are those that the core has for the CPU."""
+    return device.type == "cpu" and forced in (None, "cpu")
+
+
 def why_not(backend: str, op: str, kernel: str, device: str) -> str | None:
     """Why ``backend`` cannot run ``kernel`` of the slice ``op`` on tensors of ``device``, or None if it can."""
     if backend == "triton":

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import pyzoo
 from tests import test_ops
 from tests.conftest import INTERPRET_TRITON
+from tests.specs import batched_nms, nms
 
 pytest.importorskip("triton")
 
@@ -67,11 +68,52 @@ def test_backward(spec, dtype, layout, triton, poison):
 
 
 @interpreted
-def test_image_out_of_range_shows(triton):
+@pytest.mark.parametrize("op", [pyzoo.ops.roi_align, pyzoo.ops.roi_pool])
+def test_image_out_of_range_shows(op, triton):
     """A kernel on a GPU cannot raise."""
     boxes = torch.tensor([[2.0, 0, 0, 3, 3], [-1, 0, 0, 3, 3], [float("nan"), 0, 0, 3, 3], [1, 0, 0, 3, 3]])
-    out = pyzoo.ops.roi_align(torch.ones(2, 3, 4, 4), boxes, 2)
+    x = torch.ones(2, 3, 4, 4, requires_grad=True)
+    out = op(x, boxes, 2)
     assert out.isnan().flatten(1).all(1).tolist() == [True, True, True, False]
+    out.sum().backward()
+    assert not x.grad[0].any()
+    assert x.grad[1].sum().item() == pytest.approx(3 * 4)
+
+
+@interpreted
+@pytest.mark.parametrize("limit", [None, 30])
+def test_nms_in_chunks(limit, triton, monkeypatch):
+    """Which no sample is large enough for."""
+    monkeypatch.setattr("pyzoo.kernels.nms.CHUNK", 512)
+    boxes, scores = nms.clustered(700), nms.random_scores(700)
+    idxs = batched_nms.classes(700, 3)
+    for op, reference, args in (
+        (pyzoo.ops.nms, pyzoo.ops.nms_reference, (boxes, scores)),
+        (pyzoo.ops.batched_nms, pyzoo.ops.batched_nms_reference, (boxes, scores, idxs)),
+    ):
+        actual = op(*args, 0.5, max_output=limit)
+        torch.testing.assert_close(actual, reference(*args, 0.5, max_output=limit), rtol=0, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("mode", ["max", "avg"])
+def test_spatial_pyramid_of_a_map_wider_than_a_block(mode, triton):
+    x = torch.randn(1, 3, 4, 300)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        args = x.contiguous(memory_format=layout), (1, (2, 3)), mode
+        actual, expected = pyzoo.ops.spatial_pyramid_pool2d(*args), pyzoo.ops.spatial_pyramid_pool2d_reference(*args)
+        torch.testing.assert_close(actual, expected)
+
+
+@interpreted
+def test_roi_pool_backward_looks_for_the_maxima_again(triton):
+    """Where the forward has not stored them, as under torch.compile."""
+    x, boxes = torch.randn(1, 3, 9, 9, requires_grad=True), torch.tensor([[0.0, 1, 1, 7, 8], [0, 0, 2, 4, 3]])
+    out = pyzoo.ops.roi_pool(x, boxes, 3)
+    grad_output = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, x, grad_output)
+    actual = torch.ops.pyzoo._roi_pool_backward(grad_output, boxes, x.detach(), None, 1.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @interpreted

@@ -118,13 +118,13 @@ def _detached(x):
 def _kept(boxes, scores, idxs, iou_threshold, shift_classes):
     keep = boxes.new_empty(boxes.shape[0], dtype=torch.int64)
     count = _kernel(boxes.device, _detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
-    return keep.resize_(count)
+    return keep.resize_(int(count))
 
 
 def _kept_padded(boxes, scores, idxs, iou_threshold, max_output, shift_classes):
     keep = torch.empty((*boxes.shape[:-2], max_output), dtype=torch.int64, device=boxes.device)
     count = _kernel(boxes.device, _detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
-    return keep, torch.tensor(count, dtype=torch.int64, device=boxes.device)
+    return keep, torch.as_tensor(count, dtype=torch.int64, device=boxes.device)
 
 
 def _fake_kept(boxes):
@@ -234,8 +234,8 @@ def _shifts_classes(boxes: Tensor) -> bool:
 
 def _class_indices(op: str, idxs: Tensor) -> Tensor:
     """idxs as int64; torchvision takes whole numbers of any dtype."""
-    if idxs.dtype == torch.int64:
-        return idxs
+    if idxs.dtype == torch.int64 or (idxs.is_floating_point() and idxs.device.type != "cpu"):
+        return idxs  # elsewhere to check them would be to wait, and classes may be any numbers
     whole = idxs.long()
     if idxs.is_floating_point() and not torch.equal(whole.to(idxs.dtype), idxs):
         raise ValueError(f"{op}: idxs must be whole numbers")

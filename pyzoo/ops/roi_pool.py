@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyzoo._backend import Kernel, specified_by
+from pyzoo._backend import Kernel, runs_on_core, specified_by
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator, _is_plain
 
@@ -174,10 +174,12 @@ _roi_pool_backward = Operator(
 
 
 def _pool_with_positions(input, boxes, spatial_scale, pooled_height, pooled_width):
-    """The pooled tensor and where in its bin each maximum is: a byte each, so a quarter of the size of float32
-    features. None for bins of more than 255 pixels."""
+    """The pooled tensor and where each maximum is, for the backward. On the CPU its place in its bin: a byte, so a
+    quarter of the size of float32 features; None for bins of more than 255 pixels. Elsewhere the host cannot know of
+    such a bin without waiting: there it is the pixel."""
     output = _fake(input, boxes, spatial_scale, pooled_height, pooled_width)
-    positions = input.new_empty((boxes.shape[0], pooled_height * pooled_width, input.shape[1]), dtype=torch.uint8)
+    dtype = torch.uint8 if runs_on_core(input.device) else torch.int32
+    positions = input.new_empty((boxes.shape[0], pooled_height * pooled_width, input.shape[1]), dtype=dtype)
     fit = _fwd(input.device, input, boxes, output, None, spatial_scale, positions)
     return output, positions if fit else None
 
