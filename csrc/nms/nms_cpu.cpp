@@ -29,11 +29,12 @@ bool is_inert(const Box<T>& b) {
   return !(b.x2 > b.x1 && b.y2 > b.y1 && area > 0 && area <= std::numeric_limits<T>::max());
 }
 
-// A few kept boxes, as the vectors of the test want them: few where most chunks stay half empty, more where they fill up.
-template <class T, int kBytes>
-struct alignas(64) Chunk {
-  static constexpr int lanes = kBytes / sizeof(T);
-  T x1[lanes], y1[lanes], x2[lanes], y2[lanes], area[lanes];
+// 64 kept boxes: exact, and as bytes for the filter.
+template <class T>
+struct alignas(64) Leaf {
+  static constexpr int capacity = 64;
+  uint8_t bytes[4][capacity];  // x1, y1, x2, y2 in steps of the grid, modulo 256
+  T x1[capacity], y1[capacity], x2[capacity], y2[capacity], area[capacity];
   int32_t size, next;
 };
 
@@ -62,101 +63,19 @@ Array<T> allocate(int64_t n) {
   return Array<T>(new T[n]);
 }
 
-template <class T>
-using ListChunk = Chunk<T, 64>;
-template <class T>
-using CellChunk = Chunk<T, 32>;
-
 // What the walk over n boxes needs; used again for the next group of boxes.
 template <class T>
 struct WalkMemory {
-  Array<ListChunk<T>> list;
-  Array<CellChunk<T>> chunks;
+  Array<Leaf<T>> leaves;
   Array<int32_t> heads;
-  uint32_t head_mask = 0;
-  int64_t list_capacity = 0, capacity = 0;
+  int64_t capacity = -1;
 
-  void reserve_list(int64_t n) {
-    if (n <= list_capacity) return;
-    list = allocate<ListChunk<T>>(n / ListChunk<T>::lanes + 1);
-    list_capacity = n;
-  }
-  void reserve_index(int64_t n) {
-    for (head_mask = 63; head_mask < 2 * n;) head_mask = 2 * head_mask + 1;
+  void reserve(int64_t n) {
     if (n <= capacity) return;
-    chunks = allocate<CellChunk<T>>(n);
-    heads = allocate<int32_t>(int64_t(head_mask) + 2);
+    // Full leaves, and one that is not for each tile, of which there are fewer than boxes / 64: see KeptIndex::refine.
+    leaves = allocate<Leaf<T>>(n / 32 + 2);
+    heads = allocate<int32_t>(n / 64 + 4);
     capacity = n;
-  }
-};
-
-struct Geometry {
-  float w, h, cx, cy;  // cx, cy: the doubled centre
-
-  template <class T>
-  explicit Geometry(const Box<T>& b)
-      : w(float(double(b.x2) - double(b.x1))),
-        h(float(double(b.y2) - double(b.y1))),
-        cx(float(double(b.x1) + double(b.x2))),
-        cy(float(double(b.y1) + double(b.y2))) {}
-};
-
-// Sorts boxes by size: so many octaves of width times so many of height are a class.
-struct SizeClasses {
-  static constexpr int kMax = 64;
-  float t, reach;  // the threshold, a little less; see KeptIndex
-  int count, rows, octaves, first_w, first_h;
-  float min_w[kMax], max_w[kMax], min_h[kMax], max_h[kMax];
-  float scale_x[kMax], scale_y[kMax];  // cells per doubled coordinate
-  uint32_t salt[kMax];                 // where its grid begins in the hash
-
-  static int exponent(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits >> 23;
-  }
-  int of(const Geometry& g) const { return (exponent(g.w) - first_w) / octaves * rows + (exponent(g.h) - first_h) / octaves; }
-
-  // For boxes and a threshold in [0, 1). False if the boxes are so large or small that geometry is not safe from overflow and
-  // underflow.
-  template <class T>
-  bool make(const Box<T>* boxes, int64_t n, double threshold) {
-    float least_w = INFINITY, most_w = 0, least_h = INFINITY, most_h = 0, least_area = INFINITY, far = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (is_inert(boxes[i])) continue;
-      const Geometry g(boxes[i]);
-      least_w = std::min(least_w, g.w), most_w = std::max(most_w, g.w);
-      least_h = std::min(least_h, g.h), most_h = std::max(most_h, g.h);
-      least_area = std::min(least_area, g.w * g.h);
-      far = std::max(far, std::max(std::fabs(g.cx), std::fabs(g.cy)));
-    }
-    const float least = std::min(least_w, least_h), most = std::max(most_w, most_h);
-    const bool tiny_overlaps = threshold > 0 && least_area * threshold < 1e-34;  // subnormal intersections are not accurate
-    if (most == 0 || least < 1e-18f || most > 1e18f || far > 1e18f || tiny_overlaps) return false;
-
-    t = float(threshold * (1 - 1e-5));
-    reach = (1 - t) / (1 + t) * (1 + 1e-5f);
-    first_w = exponent(least_w), first_h = exponent(least_h);
-    octaves = std::clamp(int(std::lround(1 - std::log2(std::max(t, 0.01f)))), 2, 5);
-    do {
-      rows = (exponent(most_h) - first_h) / octaves + 1;
-      count = ((exponent(most_w) - first_w) / octaves + 1) * rows;
-    } while (count > kMax && ++octaves);
-    for (int i = 0; i < kMax; ++i) min_w[i] = min_h[i] = INFINITY, max_w[i] = max_h[i] = -1;  // no boxes: matches none
-    for (int64_t i = 0; i < n; ++i) {
-      if (is_inert(boxes[i])) continue;
-      const Geometry g(boxes[i]);
-      const int c = of(g);
-      min_w[c] = std::min(min_w[c], g.w), max_w[c] = std::max(max_w[c], g.w);
-      min_h[c] = std::min(min_h[c], g.h), max_h[c] = std::max(max_h[c], g.h);
-    }
-    const float cell = 1.2f * 4 * reach;  // box sizes: the window of a box as large as the largest lies in 2 x 2 cells
-    for (int i = 0; i < kMax; ++i) {
-      scale_x[i] = 1 / (cell * max_w[i]), scale_y[i] = 1 / (cell * max_h[i]);
-      salt[i] = uint32_t(i) * 0x9e3779b9u;
-    }
-    count = (count + 7) / 8 * 8;  // whole vectors
-    return true;
   }
 };
 
@@ -327,10 +246,14 @@ class Nms {
   // What torchvision does to separate classes, rounding included.
   void shift(int64_t b) {
     Box<T>* boxes = sorted_.get() + b * n_;
+    const auto raise = [](T& largest, T x) {
+      if (x > largest || x != x) largest = x;  // NaN stays
+    };
     T largest = -std::numeric_limits<T>::infinity();
+    Box<T> most = {largest, largest, largest, largest};  // four, so that they need not wait for each other
     for (int64_t i = 0; i < n_; ++i)
-      for (T x : {boxes[i].x1, boxes[i].y1, boxes[i].x2, boxes[i].y2})
-        if (x > largest || x != x) largest = x;  // NaN stays
+      raise(most.x1, boxes[i].x1), raise(most.y1, boxes[i].y1), raise(most.x2, boxes[i].x2), raise(most.y2, boxes[i].y2);
+    for (T x : {most.x1, most.y1, most.x2, most.y2}) raise(largest, x);
     const int64_t* idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b);
     for (int64_t i = 0; i < n_; ++i) {
       const T by = T(idxs[order_[b * n_ + i] * idxs_->stride[dim_]]) * (largest + T(1));

@@ -99,6 +99,8 @@ def _check(op, boxes, scores, iou_threshold, *, batched=False):
 
 
 def _check_idxs(op, boxes, idxs):
+    if idxs.dtype is torch.int64 and idxs.shape == boxes.shape[:-1] and idxs.device == boxes.device:
+        return  # the same here
     if idxs.shape != boxes.shape[:-1]:
         raise ValueError(f"{op}: idxs must have shape {list(boxes.shape[:-1])}, got {list(idxs.shape)}")
     if idxs.is_complex():
