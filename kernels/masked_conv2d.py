@@ -204,12 +204,17 @@ PROGRAMS = 128  # that fill a GPU: how the work is split follows from the shape 
 def _configs(images, pixels, groups, ins, outs, size, slow):
     """The largest tiles that give enough programs first. ``size``: bytes of a number; ``slow``: not on tensor cores,
     where the operands take registers."""
+    depth = _depth(ins, size, slow)
     tiles = [(64, 64), (64, 32), (32, 32)] if slow else [(128, 128), (128, 64), (64, 64), (32, 32)]
+    if size == 8:
+        tiles = tiles[1:]
+    elif depth["BLOCK_T"] > 1:  # an offset and a mask for each number that is loaded: more registers
+        tiles = tiles[-2:]
     configs = []
-    for p, o in tiles[size == 8 :]:
+    for p, o in tiles:
         p, o = max(block(pixels, p), 16), max(block(outs, o), 16)
         programs = images * triton.cdiv(pixels, p) * groups * triton.cdiv(outs, o)
-        config = {"BLOCK_P": p, "BLOCK_O": o, **_depth(ins, size, slow), "num_warps": 8 if p > 64 else 4}
+        config = {"BLOCK_P": p, "BLOCK_O": o, **depth, "num_warps": 8 if p > 64 else 4}
         configs.append((max(PROGRAMS - programs, 0), {**config, "num_stages": 3}))
     return [config for missing, config in sorted(configs, key=lambda at: at[0])]
 
@@ -390,8 +395,11 @@ def _masked_conv2d_sum_kernel(
 
 
 def _weight_configs(pixels, ins, outs, taps, size, slow):
-    tiles = [(64, 64), (64, 32), (32, 64)] if slow else [(64, 64), (128, 64), (64, 128), (128, 128)]
-    for o, j in tiles[: 1 if size == 8 else None]:
+    if slow:
+        tiles = [(64, 64), (64, 32), (32, 64)][: 1 if size == 8 else None]
+    else:
+        tiles = [(64, 64), (128, 64), (64, 128), (128, 128)][: 2 if ins < 128 else None]
+    for o, j in tiles:
         j = max(min(triton.next_power_of_2(ins) * triton.next_power_of_2(taps), j), 16)
         c = block(ins, j)
         config = {"BLOCK_P": 16 if slow else 128 // size, "BLOCK_O": max(block(outs, o), 16)}
