@@ -189,9 +189,10 @@ def _masked_conv2d_kernel(
             o_w = tl.full((), DENSE, tl.int64) * s_weight_tap + o_c.to(tl.int64) * s_weight_in
             left = tl.load(p_in + (o_c.to(tl.int64) * s_in_c)[None, :], m_p[:, None] & m_c[None, :], 0.0)
             right = tl.load(p_w + o_w[:, None], m_c[:, None] & m_o[None, :], 0.0)
-            more = _dot(left, right, total, PRECISION)
             sees = (color_out + STRICT <= color) if MIRRORED else (color + STRICT <= color_out)
-            total = tl.where(sees[None, :], more, total)
+            # Not where(sees, dot(..., total), total), which Triton cannot compile for tensor memory.
+            more = _dot(left, right, tl.zeros((BLOCK_P, BLOCK_O), SUM), PRECISION)
+            total += tl.where(sees[None, :], more, 0.0)
     if HAS_BIAS:
         total += tl.load(p_bias + i_group * outs + o_o, m_o, 0.0).to(SUM)[None, :]
     p_out = p_output + i_n * s_out_n + (i_group * outs + o_o)[None, :] * s_out_c + (o_p * s_out_x)[:, None]
@@ -220,8 +221,8 @@ def _configs(images, pixels, groups, ins, outs, size, slow):
 
 
 def _depth(ins, size, slow):
-    """How many taps and channels are multiplied at once: 128 bytes, or less where that takes too many registers."""
-    depth = 16 if slow else min(128 // size, 64 if ins > 32 else 32)
+    """How many taps and channels are multiplied at once: 128 bytes of each row, or half of them for few channels."""
+    depth = 16 if slow else 128 // size if ins > 64 // size else 64 // size
     c = max(block(ins, depth), 1)
     return {"BLOCK_T": depth // c, "BLOCK_C": c}
 

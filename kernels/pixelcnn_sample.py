@@ -377,11 +377,12 @@ def _pixelcnn_sample_kernel(
 
 
 def _configs(columns, width, levels, size):
-    """Much in flight at once, as a step takes as long as its weights do from the cache. ``size``: bytes of a number."""
-    for k, n, warps in [(64, 128, 8), (32, 128, 8), (32, 64, 4)]:
-        config = {"BLOCK_X": max(block(columns, 128 // size), 16), "BLOCK_Y": 256 // size if warps > 4 else 32}
-        config |= {"BLOCK_V": 16, "BLOCK_K": 4 * k // size, "BLOCK_N": block(2 * width, n)}
-        yield {**config, "BLOCK_L": max(block(levels, 256), 64), "num_warps": warps, "num_stages": 2}
+    """As large as registers allow: a step takes as long as its weights do from the cache. ``size``: bytes of a
+    number."""
+    for x, y, n in [(32, 32, 128), (16, 64, 128), (32, 64, 64)] if size == 4 else [(16, 32, 64)]:
+        config = {"BLOCK_X": max(block(columns, x), 16), "BLOCK_Y": y, "BLOCK_V": 16, "BLOCK_K": 32}
+        config |= {"BLOCK_N": block(2 * width, n), "BLOCK_L": max(block(levels, 256), 64)}
+        yield {**config, "num_warps": 8, "num_stages": 2}
 
 
 def pixelcnn_sample(layers, head, uniforms, samples, logits, temperature):
