@@ -17,6 +17,7 @@ from pyzoo.ops import (
     pixelcnn_sample_reference,
 )
 from pyzoo.ops.pixelcnn_sample import _UNKNOWN, _addends, _color_mask, _flat
+from tests.conftest import INTERPRET_TRITON
 from tests.specs import inputs
 from tests.specs.pixelcnn_sample import errors, network_errors, random_network, random_uniforms
 
@@ -210,6 +211,76 @@ def test_gate_is_exact_to_a_few_units(dtype, isa, set_isa):
     assert ((logits[:, 0] - expected).abs() <= tolerance * unit * expected).all()
 
 
+# ----------------------------------------------------------------------------------------------- Triton's interpreter
+
+
+@pytest.fixture
+def triton():
+    pytest.importorskip("triton")
+    if not INTERPRET_TRITON:
+        pytest.skip("there is a GPU")
+    with pyzoo.backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("kinds", [("vector", "map"), ("map", None), (None, "vector")], ids=str)
+@pytest.mark.parametrize(("channels", "first_kernel", "kernel"), [(1, 5, 3), (3, 3, 5)])
+def test_triton_draws_the_same(channels, first_kernel, kernel, kinds, triton, poison):
+    network = random_network(channels, 4, 6 * channels, 1, first_kernel, kernel, 5 * channels)
+    condition, uniforms = random_condition(network, 2, 3, 4, kinds), random_uniforms(2, network, 3, 4)
+    samples = check_equal_to_naive(network, (2, 3, 4), condition, uniforms=uniforms)
+    with pyzoo.backend("cpu"):
+        assert torch.equal(samples, pixelcnn_sample(network, (2, 3, 4), condition, uniforms=uniforms))
+
+
+def test_triton_draws_the_same_from_many_levels_and_channels(triton, poison):
+    """More than one block of each."""
+    network = random_network(2, 300, 140, 0, 3, 3, 4)
+    check_equal_to_naive(network, (1, 1, 2), uniforms=random_uniforms(1, network, 1, 2))
+    network = random_network(1, 3, 6, 1)
+    check_equal_to_naive(network, (1, 1, 17), uniforms=random_uniforms(1, network, 1, 17))
+
+
+def test_triton_keeps_known_values(triton, poison):
+    network = random_network(3, 4, 6, 1)
+    uniforms, generator = random_uniforms(2, network, 3, 3), inputs.generator()
+    image = torch.randint(4, (2, 3, 3, 3), generator=generator)
+    known = torch.rand(2, 3, 3, 3, generator=generator) < 0.5
+    arguments = {"uniforms": uniforms, "image": image, "known": known}
+    samples = check_equal_to_naive(network, (2, 3, 3), temperature=0.7, **arguments)
+    assert torch.equal(samples[known], image[known])
+    assert torch.equal(samples, pixelcnn_sample(network, (2, 3, 3), temperature=0.7, **arguments))  # no logits wanted
+
+
+def test_triton_in_lower_precision(triton, poison):
+    for dtype in (torch.float32, torch.bfloat16):
+        network = random_network(3, 16, 24, 1, 5, 3, 24, dtype)
+        condition = random_condition(network, 2, 2, 3, ("vector", "map"))
+        check_drawn_from_reference(network, (2, 2, 3), random_uniforms(2, network, 2, 3), condition)
+
+
+def test_triton_draws_a_level_whatever_the_weights(triton):
+    network = random_network(1, 4, 6, 1)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        layers = [replace(layer, link_bias=torch.full((12,), value)) for layer in network.layers]
+        samples = pixelcnn_sample(PixelCNNNetwork(layers, network.head), (1, 2, 2))
+        assert ((samples >= 0) & (samples < 4)).all()
+    assert pixelcnn_sample(network, (1, 0, 2)).shape == (1, 1, 0, 2)
+    (*head, (weight, bias)) = network.head
+    network = PixelCNNNetwork(
+        network.layers, [*head, (0 * weight, 0 * bias)]
+    )  # all levels alike, u at steps of the cdf
+    for u, level in ((0.0, 0), (0.25, 0), (0.5, 1), (1.0, 3)):
+        assert (pixelcnn_sample(network, (1, 2, 2), uniforms=torch.full((1, 1, 2, 2), u)) == level).all()
+
+
+def test_triton_does_not_look_at_masked_weights(triton):
+    network, spoiled = random_network(3, 4, 6, 1), spoil(random_network(3, 4, 6, 1))
+    uniforms = random_uniforms(1, network, 2, 3)
+    expected = pixelcnn_sample(network, (1, 2, 3), uniforms=uniforms)
+    assert torch.equal(pixelcnn_sample(spoiled, (1, 2, 3), uniforms=uniforms), expected)
+
+
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
@@ -244,14 +315,12 @@ def test_a_pixel_sees_all_pixels_before_it_and_no_other(channels):
         assert torch.equal(jacobian[c, 0] != 0, expected)
 
 
-def test_masked_weights_are_not_looked_at():
-    network = random_network(3, 4, 6, 2)
-    uniforms = random_uniforms(2, network, 4, 5)
-    expected = pixelcnn_sample(network, (2, 4, 5), uniforms=uniforms)
+def spoil(network):
+    """The network with NaN where weights are masked."""
 
-    def spoil(weight, own, **mask):
+    def spoiled(weight, own, **mask):
         weight = weight.clone()
-        hidden = _color_mask(weight, 3, **mask)[..., 0, 0] == 0
+        hidden = _color_mask(weight, network.channels, **mask)[..., 0, 0] == 0
         assert hidden.any()
         weight[..., own][hidden] = torch.nan
         return weight
@@ -259,13 +328,19 @@ def test_masked_weights_are_not_looked_at():
     layers = [
         replace(
             layer,
-            horizontal_weight=spoil(layer.horizontal_weight, (0, -1), halves=2, strict=i == 0),
-            output_weight=spoil(layer.output_weight, (0, 0)),
+            horizontal_weight=spoiled(layer.horizontal_weight, (0, -1), halves=2, strict=i == 0),
+            output_weight=spoiled(layer.output_weight, (0, 0)),
         )
         for i, layer in enumerate(network.layers)
     ]
-    spoiled = PixelCNNNetwork(layers, [(spoil(weight, (0, 0)), bias) for weight, bias in network.head])
-    assert torch.equal(pixelcnn_sample(spoiled, (2, 4, 5), uniforms=uniforms), expected)
+    return PixelCNNNetwork(layers, [(spoiled(weight, (0, 0)), bias) for weight, bias in network.head])
+
+
+def test_masked_weights_are_not_looked_at():
+    network = random_network(3, 4, 6, 2)
+    uniforms = random_uniforms(2, network, 4, 5)
+    expected = pixelcnn_sample(network, (2, 4, 5), uniforms=uniforms)
+    assert torch.equal(pixelcnn_sample(spoil(network), (2, 4, 5), uniforms=uniforms), expected)
 
 
 def test_frequencies_are_the_probabilities():

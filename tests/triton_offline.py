@@ -2,8 +2,9 @@
 benchmarks, in each dtype, for a GPU that need not be here (80 is an A100, 90 an H100, 100 a B200): with the default
 configuration and those measured for that GPU, with --all each candidate.
 
-Prints a line of JSON for each compiled kernel: its registers, the bytes it spills and its shared memory. With --write,
-the most that each kernel takes goes to ``triton_resources.json``, which a test holds against what it finds.
+Prints a line of JSON for each compiled kernel: its registers, the bytes of its stack, where spilled registers go, and its
+shared memory. With --write, the most that each kernel takes goes to ``triton_resources.json``, which a test holds against
+what it finds.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.measure import move
 from pyzoo import _backend
 from pyzoo.kernels import _configs
+from tests.specs import pixelcnn_sample
 from tests.test_triton import SPECS
 
-RESOURCES = ("registers", "spilled", "shared")
+RESOURCES = ("registers", "stack", "shared")
 TABLE = Path(__file__).parent / "triton_resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -60,7 +63,7 @@ def resources(cubin: bytes) -> dict[str, int]:
             [CUOBJDUMP, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         )
     found = dict(re.findall(r"(\w+):(\d+)", dump.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["LOCAL"])}
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
 
 
 def main(arch: int, every: bool) -> list[dict]:
@@ -80,7 +83,7 @@ def main(arch: int, every: bool) -> list[dict]:
 
     JITFunction.run = compile_only
     _backend.backend("triton")
-    for spec in SPECS:
+    for spec in (*SPECS, pixelcnn_sample.SPEC):
         for dtype in spec.dtypes:
             for case in spec.bench():
                 if case.quick:
@@ -109,11 +112,13 @@ def most(found: list[dict]) -> dict[str, dict[str, int]]:
 
 
 def launch(spec, case, dtype) -> None:
-    args, kwargs = case.make()
-    leaves = []
+    with _backend.backend(None):  # it may call operators
+        args, kwargs = case.make()
+    cast = spec.differentiable or range(len(args))
+    args, leaves = [move(arg, "cpu", dtype if i in cast else None) for i, arg in enumerate(args)], []
 
     def leaf(x):
-        leaves.append(x.to(dtype).requires_grad_())
+        leaves.append(x.requires_grad_())
         return leaves[-1]
 
     args = [tree_map(leaf, arg) if i in spec.differentiable else arg for i, arg in enumerate(args)]

@@ -327,7 +327,8 @@ def _arguments(op, network, size, condition, uniforms, generator, temperature, i
     shape = (images, network.channels, height, width)
     addends = _addends(op, network, condition, images, height, width)
     if uniforms is None:
-        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=network.device)
+        device = network.device if generator is None else generator.device
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device).to(network.device)
     else:
         if generator is not None:
             raise ValueError(f"{op}: give either uniforms or a generator, got both")
@@ -437,7 +438,8 @@ common.lib.define(
     "pixelcnn_sample(Tensor[] weights, bool[] residual, Tensor?[] condition, Tensor uniforms, Tensor start,"
     " float temperature, bool return_logits) -> (Tensor, Tensor)"
 )
-common.lib.impl("pixelcnn_sample", _impl, "CPU")
+for _device in common._DEVICES:
+    common.lib.impl("pixelcnn_sample", _impl, _device)
 torch.library.register_fake("pyzoo::pixelcnn_sample", _fake, lib=common.lib)
 
 
@@ -465,17 +467,18 @@ def pixelcnn_sample(
 
     :func:`pixelcnn_sample_reference` draws the same from the same uniforms, by H * W * C full forwards. In float64 the
     samples are equal. In float32 the logits of both agree to 1e-5 of the largest, so that a u closer than 1e-5 to a
-    step of the cdf may give the neighbouring value, after which the two images go different ways. An image depends
-    neither on the number of threads nor on the rest of the batch.
+    step of the cdf may give the neighbouring value, after which the two images go different ways; so do those of a CPU
+    and of a GPU. An image depends neither on the number of threads nor on the rest of the batch.
 
     Args:
-        network: the weights, on the CPU; float64 is computed in float64, all other dtypes in float32.
+        network: the weights; float64 is computed in float64, all other dtypes in float32 (not in TF32).
         size: (B, H, W).
         condition: what is added in each layer to the inputs of the vertical and of the horizontal gate, as pairs of
             tensors or None: [B, 2p] (V h of a vector h) or [B, 2p, H, W] (V * s of a map s). The link carries what is
             added to the vertical gate on to the horizontal one.
         uniforms: Tensor[B, C, H, W] in [0, 1), any floating dtype; by default drawn in float64.
-        generator: what draws them, for a seed: ``torch.Generator().manual_seed(0)``. By default torch's global one.
+        generator: what draws them, for a seed: ``torch.Generator().manual_seed(0)``, which is one of the CPU, draws
+            the same for networks on all devices. By default torch's global one of the network's device.
         temperature: positive; below 1 for likelier images.
         image: integer Tensor[B, C, H, W]; where ``known``, bool and expandable to it, its values are kept, and the
             rest is drawn, each value given the known ones that come before it.
@@ -489,7 +492,7 @@ def pixelcnn_sample(
     Raises:
         TypeError: an argument is not of the type or dtype it must have.
         ValueError: a shape, a device, the temperature or a known value does not fit.
-        NotImplementedError: the network is not on the CPU.
+        NotImplementedError: there is no backend where the network is.
     """
     op = "pixelcnn_sample"
     addends, uniforms, start = _arguments(op, network, size, condition, uniforms, generator, temperature, image, known)
