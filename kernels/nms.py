@@ -295,8 +295,8 @@ def _nms_emit_kernel(
 # ------------------------------------------------------------------------------------------------------------ launcher
 
 
-def _mask_configs(boxes):
-    for j, warps in (128, 4), (128, 8), (256, 8), (64, 2):
+def _mask_configs(boxes, float64):
+    for j, warps in ((128, 8), (64, 4)) if float64 else ((128, 4), (128, 8), (256, 8), (64, 2)):
         yield {"BLOCK_J": j, "num_warps": warps}
 
 
@@ -305,8 +305,9 @@ def _scan_configs(boxes):
         yield {"BLOCK": size, "WORDS": words, "num_warps": warps}
 
 
-def _apply_configs(boxes):
-    for i, j, part, warps in (16, 128, 512, 4), (32, 128, 512, 4), (16, 128, 1024, 4), (32, 256, 512, 8):
+def _apply_configs(boxes, float64):
+    configs = (16, 128, 512, 4), (32, 128, 512, 4), (16, 128, 1024, 4), (32, 256, 512, 8)
+    for i, j, part, warps in configs[:1] if float64 else configs:  # more of float64 would not fit the registers
         yield {"BLOCK_I": i, "BLOCK_J": j, "PART": part, "num_warps": warps}
 
 
@@ -355,9 +356,9 @@ def nms(boxes, scores, idxs, iou_threshold, keep, shift_classes):
     # Suppression.
     threshold = _round_down(iou_threshold, box_type)
     arguments = boxes.device, boxes.dtype
-    mask_config = pick(_nms_mask_kernel, _mask_configs, *arguments, boxes=n)
+    mask_config = pick(_nms_mask_kernel, _mask_configs, *arguments, boxes=n, float64=boxes.dtype == torch.float64)
     scan_config = pick(_nms_scan_kernel, _scan_configs, *arguments, boxes=n)
-    apply_config = pick(_nms_apply_kernel, _apply_configs, *arguments, boxes=n)
+    apply_config = pick(_nms_apply_kernel, _apply_configs, *arguments, boxes=n, float64=boxes.dtype == torch.float64)
     size = max(block(n, CHUNK), mask_config["BLOCK_J"], scan_config["BLOCK"])
     chunks, words = triton.cdiv(n, size), triton.cdiv(n, 32)
     mask = new(words, size)

@@ -147,7 +147,8 @@ def test_a_color_gets_nothing_from_the_colors_after_it(mask, triton):
 
 # ---------------------------------------------------------------------------------------------------- without running
 
-LIMITS = {"registers": 255, "stack": 0, "shared": 99 << 10}  # what a block may have on every GPU since Ampere
+# What a block may have on every GPU since Ampere. The stack is what the division of IEEE 754, a function, keeps there.
+LIMITS = {"registers": 255, "stack": 32, "shared": 99 << 10}
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -2,9 +2,9 @@
 benchmarks, in each dtype, for a GPU that need not be here (80 is an A100, 90 an H100, 100 a B200): with the default
 configuration and those measured for that GPU, with --all each candidate.
 
-Prints a line of JSON for each compiled kernel: its registers, the bytes of its stack, where spilled registers go, and its
-shared memory. With --write, the most that each kernel takes goes to ``triton_resources.json``, which a test holds against
-what it finds.
+Prints a line of JSON for each compiled kernel: its registers, the bytes of its stack, where spilled registers go, and
+its shared memory. With --write, the most that each kernel takes goes to ``triton_resources.json``, which a test holds
+against what it finds.
 """
 
 from __future__ import annotations
