@@ -92,7 +92,7 @@ def roi_pool_fwd_cpu(
 ) -> bool: ...
 def roi_pool_bwd_cpu(
     grad_output: Array,
-    input: Array,
+    input: Array | None,
     rois: Array,
     grad_input: Array,
     spatial_scale: float,

@@ -85,6 +85,11 @@ struct Pooled {
   // Bins of one channel lie next to each other (NCHW), or channels of one bin do.
   bool planar() const { return bin_stride == 1 && row_stride == width; }
   bool channels_last() const { return (channel_stride == 1 || channels == 1) && row_stride == width * bin_stride; }
+  // Every bin's channels fill whole cache lines, so that each can be written past the caches.
+  bool whole_lines() const {
+    const int64_t line = 64 / dtype_size(dtype);
+    return channels % line == 0 && bin_stride % line == 0 && roi_stride % line == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+  }
   void check_written(const char* name) const {
     check(planar() || channels_last(), std::string(name) + " must be contiguous or channels_last");
   }

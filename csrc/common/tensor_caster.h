@@ -118,7 +118,7 @@ struct type_caster<pyzoo::Tensor> {
   PYBIND11_TYPE_CASTER(pyzoo::Tensor, const_name("Tensor"));
 
   bool load(handle source, bool) {
-    if (source.is_none() || (!hasattr(type::handle_of(source), "__dlpack__") && !pyzoo::exchange_api(Py_TYPE(source.ptr())))) return false;
+    if (source.is_none() || (!pyzoo::exchange_api(Py_TYPE(source.ptr())) && !hasattr(type::handle_of(source), "__dlpack__"))) return false;
     value = pyzoo::tensor_from_python(source.ptr());
     return true;
   }

@@ -68,12 +68,8 @@ void roi_align_fwd_cpu(const std::vector<Tensor>& inputs, const Tensor& rois, co
   dispatch_floating(output.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto table = make_taps<acc_t<T>>(boxes, maps, pooled, scales, sampling_ratio, aligned, level_map, false);
-    std::vector<TouchedPixels> touched(maps.begin(), maps.end());
-    for (int64_t k = 0; k < boxes.count(); ++k)
-      if (const auto& roi = table.rois[k]; !roi.empty())
-        touched[table.level[k]].mark(maps[table.level[k]], image[k], roi.y.first, roi.y.last, roi.x.first, roi.x.last);
     prefer_huge_pages(output.data, output.numel() * int64_t(sizeof(T)));
-    PZ_FOR_ISA_OF(T, template roi_align_fwd<T>)(maps, touched, table, image, order_boxes(table, image, maps), pooled);
+    PZ_FOR_ISA_OF(T, template roi_align_fwd<T>)(maps, table, image, order_boxes(table, image, maps), pooled);
   });
 }
 

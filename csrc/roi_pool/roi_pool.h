@@ -11,8 +11,8 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
                       double spatial_scale);
 
 // Adds each gradient to the pixel its maximum came from, in the order of the boxes; writes all of grad_input. Without the positions of
-// the forward pass, finds the maxima of `input` again.
-void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
+// the forward pass, finds the maxima of `input` again; with them, input may be null.
+void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor* input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
                       double spatial_scale);
 
 // The same from the argmax of the forward pass.

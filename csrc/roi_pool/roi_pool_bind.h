@@ -19,10 +19,10 @@ inline void register_roi_pool(py::module_& m) {
       "input"_a, "rois"_a, "output"_a, "argmax"_a, "spatial_scale"_a, "positions"_a = py::none());
   m.def(
       "roi_pool_bwd_cpu",
-      [](const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, double spatial_scale,
+      [](const Tensor& grad_output, const std::optional<Tensor>& input, const Tensor& rois, const Tensor& grad_input, double spatial_scale,
          const std::optional<Tensor>& positions) {
         py::gil_scoped_release release;
-        roi_pool_bwd_cpu(grad_output, input, rois, grad_input, positions ? &*positions : nullptr, spatial_scale);
+        roi_pool_bwd_cpu(grad_output, input ? &*input : nullptr, rois, grad_input, positions ? &*positions : nullptr, spatial_scale);
       },
       "grad_output"_a, "input"_a, "rois"_a, "grad_input"_a, "spatial_scale"_a, "positions"_a = py::none());
   m.def("roi_pool_bwd_argmax_cpu", &roi_pool_bwd_argmax_cpu, "grad_output"_a, "rois"_a, "argmax"_a, "grad_input"_a, ReleaseGil());

@@ -24,24 +24,21 @@ constexpr struct Count {
 
 struct Span {
   int32_t begin, end;
-};
-
-struct Bin {
-  Span y, x;
+  int64_t size() const { return std::max(0, end - begin); }
 };
 
 // The bins of one box: every row of bins has the pixel rows y[py], every column the pixel columns x[px].
 struct BoxBins {
   const Span *y, *x;
   int bins_y, bins_x;
-  Bin bin(int b) const { return {y[b / bins_x], x[b % bins_x]}; }
+  Span rows() const { return {y[0].begin, y[bins_y - 1].end}; }  // of pixels
+  Span columns() const { return {x[0].begin, x[bins_x - 1].end}; }
 };
 
 // The bins of all boxes, made once and used for all channels, and what follows from them.
 struct BinTable {
   int bins_y, bins_x;
   std::vector<Span> spans;  // box after box: bins_y, then bins_x
-  std::vector<TouchedPixels> touched;
   double work = 0;
   int64_t largest_bin = 0;  // in pixels
   BoxOrder order;
@@ -56,20 +53,26 @@ struct BinTable {
       : bins_y(int(pooled.height)),
         bins_x(int(pooled.width)),
         spans(make_spans<G>(rois, scale, pooled, map)),
-        touched{TouchedPixels(map)},
         order(image, map.images, [this](int64_t k) { return std::pair{box(k).y[0].begin, box(k).x[0].begin}; }) {
     for (int64_t k = 0; k < rois.count(); ++k) {
       const BoxBins b = box(k);
-      const int32_t y0 = b.y[0].begin, y1 = b.y[bins_y - 1].end, x0 = b.x[0].begin, x1 = b.x[bins_x - 1].end;
-      if (y0 < y1 && x0 < x1) touched[0].mark(map, image[k], y0, y1 - 1, x0, x1 - 1);
       const auto longest = [](const Span* spans, int bins) {
         int64_t pixels = 0;
-        for (int p = 0; p < bins; ++p) pixels = std::max<int64_t>(pixels, spans[p].end - spans[p].begin);
+        for (int p = 0; p < bins; ++p) pixels = std::max(pixels, spans[p].size());
         return pixels;
       };
       largest_bin = std::max(largest_bin, longest(b.y, bins_y) * longest(b.x, bins_x));
-      work += double(pooled.channels) * double(std::max<int64_t>(int64_t(y1 - y0) * (x1 - x0), pooled.bins()));
+      work += double(pooled.channels) * double(std::max(b.rows().size() * b.columns().size(), pooled.bins()));
     }
+  }
+
+  TouchedPixels touched(const FeatureMap& map, const std::vector<int32_t>& image) const {
+    TouchedPixels pixels(map);
+    for (size_t k = 0; k < image.size(); ++k) {
+      const Span y = box(int64_t(k)).rows(), x = box(int64_t(k)).columns();
+      if (y.size() && x.size()) pixels.mark(map, image[k], y.begin, y.end - 1, x.begin, x.end - 1);
+    }
+    return pixels;
   }
 
  private:
@@ -212,26 +215,27 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
   return has_positions;
 }
 
-void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
+void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor* input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
                       double spatial_scale) {
-  const FeatureMap map(input, "input"), grad_map(grad_input, "grad_input");
+  check(input || positions, "input or positions must be given");
+  const FeatureMap grad_map(grad_input, "grad_input"), map = input ? FeatureMap(*input, "input") : grad_map;
   const Pooled grad(grad_output, "grad_output");
   const Rois boxes(rois);
   grad_map.check_written("grad_input");
-  check_dtype(grad_output, "grad_output", input.dtype);
-  check_dtype(grad_input, "grad_input", input.dtype);
-  check(std::equal(input.shape, input.shape + 4, grad_input.shape),
+  check_dtype(grad_output, "grad_output", map.dtype);
+  check_dtype(grad_input, "grad_input", map.dtype);
+  check(!input || std::equal(input->shape, input->shape + 4, grad_input.shape),
         "grad_input must have the shape of input, got " + grad_input.shape_string());
   check(grad.rois == boxes.count() && grad.channels == map.channels,
         "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
   if (positions) check_positions(*positions, grad);
   const std::vector<int32_t> image = boxes.images(map.images);
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
-  dispatch(input.dtype, rois.dtype, [&](auto zero, auto g) {
+  dispatch(map.dtype, rois.dtype, [&](auto zero, auto g) {
     const BinTable table(g, boxes, image, spatial_scale, grad, map);
     const uint8_t* stored = positions ? positions->ptr<uint8_t>() : nullptr;
     check(!stored || table.largest_bin <= kMostPositions, "positions: a bin has too many pixels for them");
-    PZ_FOR_ISA_OF(decltype(zero), template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, grad,
+    PZ_FOR_ISA_OF(decltype(zero), template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, image, grad,
                                                                          std::vector<FeatureMap>{grad_map}, stored);
   });
 }

@@ -142,12 +142,16 @@ _roi_pool_argmax = Operator(
 def _backward_fake(grad_output, boxes, input, positions, spatial_scale):
     common.check_features_and_boxes("_roi_pool_backward", "input", input, boxes)
     common.check_grad_output("_roi_pool_backward", grad_output, boxes, input.shape[1], *grad_output.shape[2:])
-    return common.empty(input.shape, input, common.prefers_channels_last(input))
+    return torch.empty_like(
+        input,
+        memory_format=torch.channels_last if common.prefers_channels_last(input) else torch.contiguous_format,
+    )
 
 
 def _backward_impl(grad_output, boxes, input, positions, spatial_scale):
     grad_input = _backward_fake(grad_output, boxes, input, positions, spatial_scale)
-    _bwd(input.device, grad_output, input, boxes, grad_input, spatial_scale, positions)
+    features = input if positions is None else None  # whose maxima are looked for again
+    _bwd(input.device, grad_output, features, boxes, grad_input, spatial_scale, positions)
     return grad_input
 
 
