@@ -321,7 +321,7 @@ def roi_pool_bwd(grad_output, input, rois, grad_input, spatial_scale, positions=
     options = {
         "PH": pooled_height,
         "PW": pooled_width,
-        "GEOMETRY": wide(input.dtype, rois.dtype),
+        "GEOMETRY": wide(grad_input.dtype, rois.dtype),
         "enable_fp_fusion": False,  # bins as the CPU rounds them
     }
     bounds = torch.empty((5, boxes), dtype=torch.int32, device=rois.device)
@@ -332,7 +332,7 @@ def roi_pool_bwd(grad_output, input, rois, grad_input, spatial_scale, positions=
             BLOCK_K=BLOCK_BOXES,
         )
     shape = {"channels": channels, "bins": pooled_height * pooled_width}
-    config = pick(_roi_pool_bwd_kernel, _bwd_configs, input.device, input.dtype, **shape)
+    config = pick(_roi_pool_bwd_kernel, _bwd_configs, grad_input.device, grad_input.dtype, **shape)
     tiles = triton.cdiv(height, config["BLOCK_H"]) * triton.cdiv(width, config["BLOCK_W"])
     _roi_pool_bwd_kernel[(tiles * images, triton.cdiv(channels, config["BLOCK_C"]))](
         # One copy, if it is not laid out like this: strided reads by each tile would cost more.
@@ -340,7 +340,7 @@ def roi_pool_bwd(grad_output, input, rois, grad_input, spatial_scale, positions=
         *(*rois.stride(), *grad_input.stride()),
         *(boxes, channels, height, width, spatial_scale),
         **options,
-        SUM=wide(input.dtype),
+        SUM=wide(grad_input.dtype),
         BLOCK_K=BLOCK_BOXES,
         BLOCK_PH=block(pooled_height, 1 << 20),
         BLOCK_PW=block(pooled_width, 1 << 20),
