@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -40,3 +42,14 @@ def add_up(p_row, s_row, rows, m, BLOCK: tl.constexpr):
         p = p_row[None, :] + (o_r.to(tl.int64) * s_row)[:, None]
         total += tl.sum(tl.load(p, (o_r < rows)[:, None] & m[None, :], 0.0), 0)
     return total
+
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(left, right, total, PRECISION: tl.constexpr):
+    """``total`` + left * right; PRECISION is that of float32."""
+    if INTERPRETED:  # where a product takes the bits of bfloat16 for integers
+        left, right = left.to(total.dtype), right.to(total.dtype)
+    return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
