@@ -59,7 +59,7 @@ def _gather(
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_C, BLOCK_W), SUM),)
     for tap_y in range(0, TAPS_Y, BLOCK_K):
-        for tap_x in tl.range(0, TAPS_X, loop_unroll_factor=TAPS_X if TAPS_X <= 8 else 1):
+        for tap_x in tl.range(0, TAPS_X, loop_unroll_factor=TAPS_X if TAPS_X <= 3 and not SOME_OUTSIDE else 1):
             o_x = o_column + tap_x * DILATION_X
             k_x = first_x + tap_x * STEP_X
             m_x = (o_x >= 0) & (o_x < width)
@@ -194,7 +194,7 @@ def _depthwise_conv2d_fwd_kernel(
 def _configs(element_size, channels, height, width, taps, stride, channels_last):
     # Lanes, the most of them beside one another in NCHW, and rows for each: what a thread has must fit its registers.
     size = (512 if channels_last and taps <= 9 else 256) // (2 if element_size == 8 else 1)
-    most = 8 if taps > 100 else 4
+    most = 8 if taps > 100 and stride == 1 else 4
     for lanes, columns, rows, warps in [
         (size, 32, most, 4),
         (2 * size, 64, most, 8),
@@ -483,8 +483,10 @@ def _depthwise_conv2d_bwd_weight_total_kernel(
 
 
 def _bwd_weight_configs(element_size, channels, height, width, kernel_y, kernel_x, channels_last):
-    k_y, k_x = (kernel_y, kernel_x) if kernel_y * kernel_x <= 49 else (min(kernel_y, 16), 1)
-    registers = k_y * k_x * max(element_size // 4, 1)  # of the sums of a lane
+    registers = max(element_size // 4, 1)  # of the sum of a tap
+    few = kernel_y * kernel_x * registers <= 49
+    k_y, k_x = (kernel_y, kernel_x) if few else (min(kernel_y, 16), 1)
+    registers *= k_y * k_x
     size = 512 if registers <= 16 else 256 if registers <= 32 else 128
     for lanes, columns, rows, warps in [
         (size, 64, 4, 4),

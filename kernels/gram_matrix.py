@@ -138,10 +138,10 @@ def _gram_loss_total_kernel(p_squares, p_loss, count, divisor: tl.float64, SUM: 
 
 
 def _fwd_configs(element_size, channels, positions):
-    of_16_bits = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3), (32, 128, 4, 3)]
+    of_16_bits = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3), (32, 128, 4, 3)]
     if channels >= 256:
         of_16_bits[:2] = of_16_bits[1::-1]
-    of_32_bits = [(64, 32, 4, 3), (64, 16, 4, 3), (32, 32, 4, 3), (128, 16, 8, 3)]
+    of_32_bits = [(64, 32, 4, 2), (64, 16, 4, 2), (32, 32, 4, 3), (128, 16, 8, 3)]
     of_64_bits = [(32, 16, 4, 2), (32, 32, 4, 2), (64, 16, 8, 2)]
     for c, m, warps, stages in {2: of_16_bits, 4: of_32_bits, 8: of_64_bits}[element_size]:
         yield {"BLOCK_C": max(block(channels, c), 16), "BLOCK_M": m, "num_warps": warps, "num_stages": stages}
