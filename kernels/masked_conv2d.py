@@ -12,14 +12,13 @@ Maps are dense or made so: within an image, pixel p = y W + x lies at p s_x.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from pyzoo.kernels._common import block, wide
+from pyzoo.kernels._common import block, dot, wide
 from pyzoo.kernels._configs import pick
 
 # ----------------------------------------------------------------------------------------------------------- geometry
@@ -72,16 +71,6 @@ def _is_slow(x, precision) -> bool:
 def _steps(x, dilation_y, dilation_x) -> tuple[int, int]:
     """The dilation, or as far as a map reaches."""
     return min(dilation_y, x.shape[2]), min(dilation_x, x.shape[3])
-
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr):
-    if INTERPRETED:  # where a product takes the bits of bfloat16 for integers
-        left, right = left.to(total.dtype), right.to(total.dtype)
-    return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
@@ -170,7 +159,7 @@ def _masked_conv2d_kernel(
         o_w = o_t.to(tl.int64) * s_weight_tap + o_c.to(tl.int64) * s_weight_in
         left = tl.load(p_in + o_in[None, :], m, 0.0)
         right = tl.load(p_w + o_w[:, None], m_c[:, None] & m_o[None, :], 0.0)
-        total = _dot(left, right, total, PRECISION)
+        total = dot(left, right, total, PRECISION)
     if ORDERED:
         color_out = (i_group * outs + o_o) // run_out % COLORS
         seen_from, seen_to = 0, COLORS  # no other color has to do with this tile
@@ -191,7 +180,7 @@ def _masked_conv2d_kernel(
             right = tl.load(p_w + o_w[:, None], m_c[:, None] & m_o[None, :], 0.0)
             sees = (color_out + STRICT <= color) if MIRRORED else (color + STRICT <= color_out)
             # Not where(sees, dot(..., total), total), which Triton cannot compile for tensor memory.
-            more = _dot(left, right, tl.zeros((BLOCK_P, BLOCK_O), SUM), PRECISION)
+            more = dot(left, right, tl.zeros((BLOCK_P, BLOCK_O), SUM), PRECISION)
             total += tl.where(sees[None, :], more, 0.0)
     if HAS_BIAS:
         total += tl.load(p_bias + i_group * outs + o_o, m_o, 0.0).to(SUM)[None, :]
@@ -353,7 +342,7 @@ def _masked_conv2d_bwd_weight_kernel(
         m = m_p[:, None] & m_j[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
         left = tl.load(p_out + i_n * s_out_n + (o_p * s_out_x)[:, None], m_p[:, None] & m_o[None, :], 0.0)
         right = tl.load(p_in + i_n * s_in_n + (o_p * s_in_x)[:, None], m, 0.0)
-        total = _dot(tl.trans(left), right, total, PRECISION)
+        total = dot(tl.trans(left), right, total, PRECISION)
     o_part = (i_split * LIVE + o_t) * groups * outs + i_group * outs  # row of channel 0 of the group
     p_part = p_parts + ((o_part[None, :] + o_o[:, None]) * ins + o_c[None, :])
     tl.store(p_part, total, m_o[:, None] & m_j[None, :])

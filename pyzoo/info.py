@@ -32,6 +32,7 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
         "channel_sum",
     ),
     "pixelcnn_sample": ("pixelcnn_sample",),
+    "reversible": ("reversible_fwd", "reversible_inv", "reversible_bwd"),
 }
 YES = "yes"
 

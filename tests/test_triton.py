@@ -18,9 +18,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import pyzoo
+from pyzoo.ops import reversible as coupling
+from pyzoo.ops.channel_sum import channel_sum
 from tests import test_ops
 from tests.conftest import INTERPRET_TRITON
-from tests.specs import batched_nms, nms
+from tests.specs import batched_nms, inputs, nms
+from tests.stacks import check_step, make_input, make_stack
 
 pytest.importorskip("triton")
 
@@ -143,6 +146,59 @@ def test_a_color_gets_nothing_from_the_colors_after_it(mask, triton):
     torch.testing.assert_close(out, image * seen.sum(1)[:, None, None].expand_as(out), equal_nan=True)
     torch.testing.assert_close(grads[0], sees.sum(0)[:, None, None].expand_as(x).float())
     torch.testing.assert_close(grads[1][..., 0, 0], 6 * image.sum() * seen, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gram_matrix_of_several_tiles(layout, triton, poison):
+    """Symmetric to the last bit, and a channel of NaN spoils its row and its column alone."""
+    x = inputs.features(2, 140, 6, 7, memory_format=layout)
+    expected = pyzoo.ops.gram_matrix_reference(x)
+    gram = pyzoo.ops.gram_matrix(x)
+    torch.testing.assert_close(gram, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(gram, gram.mT)
+    x[1, 70, 3, 3] = torch.nan
+    expected[1, 70, :] = expected[1, :, 70] = torch.nan
+    torch.testing.assert_close(pyzoo.ops.gram_matrix(x), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_channel_sum(dtype, triton, poison):
+    atol = 1e-11 if dtype == torch.float64 else 1e-4
+    for shape in ((2, 5, 9, 11), (3, 70, 7, 1), (2, 3, 65, 66), (0, 3, 4, 4), (2, 0, 4, 4)):
+        x = torch.randn(shape, dtype=torch.float64).to(dtype)
+        last = x.contiguous(memory_format=torch.channels_last)
+        for view in (x, last, torch.stack([x, x], -1)[..., 1], x[:, :, :1].expand(shape)):
+            expected = view.double().sum((0, 2, 3)).to(dtype)
+            torch.testing.assert_close(channel_sum(view), expected, rtol=torch.finfo(dtype).eps, atol=atol)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_coupling(dtype, triton):
+    half = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape in ((), (5, 6), (0, 4, 3, 3), (2, 6, 20, 37), (3, 1, 2, 1, 2, 2)):
+        base, update, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+        base, update, grad = base.to(half), update.to(dtype), grad.to(half)
+        views = [lambda x: x.clone(), lambda x: torch.stack([x, x], -1)[..., 0]]
+        if len(shape) == 4:
+            views += [lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[1]]
+        for view in views:
+            for other in views:
+                x, u, g = view(base), other(update), view(grad)
+                out = other(torch.zeros_like(x))
+                assert coupling.couple(x, u, out) is out
+                assert torch.equal(out, base + update.to(half))
+                assert torch.equal(coupling.uncouple(view(base), u), base - update.to(half))
+                rebuilt, summed = coupling.uncouple_with_grad(x, u, g, other(update))
+                assert torch.equal(rebuilt, base - update.to(half))
+                assert torch.equal(summed, grad + update.to(half))
+
+
+@interpreted
+def test_reversible_stack(triton):
+    check_step(make_stack(2), make_input(3, 8, 9, 7))
 
 
 # ---------------------------------------------------------------------------------------------------- without running

@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pyzoo._ext import C
+from pyzoo import _backend
+from pyzoo._backend import Kernel
 from pyzoo.ops import _common as common
+
+_fwd = Kernel("reversible", "reversible_fwd")
+_inv = Kernel("reversible", "reversible_inv")
+_bwd = Kernel("reversible", "reversible_bwd")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -50,12 +55,18 @@ def _target(x: Tensor) -> Tensor:
 
 
 def _has_kernel(*tensors: Tensor) -> bool:
-    if torch._C._len_torch_dispatch_stack() or tensors[0].dim() > _MAX_DIMS:
+    x = tensors[0]
+    if _backend.forced == "reference" or torch._C._len_torch_dispatch_stack() or x.dim() > _MAX_DIMS:
         return False
     for t in tensors:
-        if type(t) is not Tensor or common._dispatch_keys(t).raw_repr() & ~common._PLAIN_TENSORS[0]:
+        if type(t) is not Tensor or common._dispatch_keys(t).raw_repr() & common._NOT_PLAIN:
             return False
-    return True
+    return x.device.type == "cpu" or _backend.forced is not None or _has_backend(x.device.type)
+
+
+def _has_backend(device: str) -> bool:
+    names = _backend.DEFAULT.get(device, ())
+    return any(_backend.why_not(name, _fwd.op, _fwd.name, device) is None for name in names)
 
 
 def couple(x: Tensor, update: Tensor, out: Tensor | None = None) -> Tensor:
@@ -63,7 +74,7 @@ def couple(x: Tensor, update: Tensor, out: Tensor | None = None) -> Tensor:
     out = _target(x) if out is None else out
     update = _fit(update, x)
     if _has_kernel(x, update):
-        C.reversible_fwd_cpu(x, update, out)
+        _fwd(x.device, x, update, out)
         return out
     return torch.add(x, update, out=out)
 
@@ -73,7 +84,7 @@ def uncouple(y: Tensor, update: Tensor) -> Tensor:
     out = _target(y)
     update = _fit(update, y)
     if _has_kernel(y, update):
-        C.reversible_inv_cpu(y, update, out)
+        _inv(y.device, y, update, out)
         return out
     return torch.sub(y, update, out=out)
 
@@ -83,7 +94,7 @@ def uncouple_with_grad(y: Tensor, update: Tensor, grad_y: Tensor, grad_update: T
     x, grad_x = _target(y), _target(grad_y)
     update, grad_update = _fit(update, y), _fit(grad_update, grad_y)
     if _has_kernel(y, update, grad_y, grad_update):
-        C.reversible_bwd_cpu(y, update, x, grad_y, grad_update, grad_x)
+        _bwd(y.device, y, update, x, grad_y, grad_update, grad_x)
         return x, grad_x
     return torch.sub(y, update, out=x), torch.add(grad_y, grad_update, out=grad_x)
 
