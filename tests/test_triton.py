@@ -207,15 +207,34 @@ def test_reversible_stack(triton):
 LIMITS = {"registers": 255, "stack": 32, "shared": 99 << 10}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_compiles_for_gpus_that_are_not_here(arch, tmp_path):
+ARCHS = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory):
+    """One for each architecture, all at the same time: the process, and the file it writes to."""
+    folder, started = tmp_path_factory.mktemp("triton"), {}
+    for arch in ARCHS:
+        program = [sys.executable, "-m", "tests.triton_offline", str(arch)]
+        env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / f"cache_{arch}")}
+        output = folder / f"{arch}.jsonl"
+        with output.open("w") as file:
+            process = subprocess.Popen(program, cwd=ROOT, env=env, stdout=file, stderr=subprocess.PIPE, text=True)
+        started[arch] = process, output
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_for_gpus_that_are_not_here(arch, compilers):
     """For the shapes of the quick benchmarks, within what every GPU can launch, without spilling registers, and, with
     the same Triton, with no more of anything than the table says."""
-    program = [sys.executable, "-m", "tests.triton_offline", str(arch)]
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    process, output = compilers[arch]
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors[-4000:]
+    kernels = [json.loads(line) for line in output.read_text().splitlines()]
     assert {kernel["slice"] for kernel in kernels} == SLICES
     table = json.loads((ROOT / "tests" / "triton_resources.json").read_text())
     allowed = table[f"sm_{arch}"] if table["triton"] == version("triton") else None

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.measure import move
 from pyzoo import _backend
 from pyzoo.kernels import _configs
-from tests.specs import pixelcnn_sample
+from tests.specs import pixelcnn_sample, reversible
 from tests.test_triton import SPECS
 
 RESOURCES = ("registers", "stack", "shared")
@@ -83,7 +83,7 @@ def main(arch: int, every: bool) -> list[dict]:
 
     JITFunction.run = compile_only
     _backend.backend("triton")
-    for spec in (*SPECS, pixelcnn_sample.SPEC):
+    for spec in (*SPECS, pixelcnn_sample.SPEC, reversible.SPEC):
         for dtype in spec.dtypes:
             for case in spec.bench():
                 if case.quick:
