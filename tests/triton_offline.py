@@ -1,6 +1,6 @@
 """python -m tests.triton_offline ARCH: compiles all that the launchers of the Triton kernels launch in the quick
-benchmarks, in each dtype, for a GPU that need not be here (80 is an A100, 90 an H100, 100 a B200): with the default
-configuration and those measured for that GPU, with --all each candidate.
+benchmarks, in float32, float16 and bfloat16, for a GPU that need not be here (80 is an A100, 90 an H100, 100 a B200):
+with the default configuration and those measured for that GPU, with --all each candidate.
 
 Prints a line of JSON for each compiled kernel: its registers, the bytes of its stack, where spilled registers go, and
 its shared memory. With --write, the most that each kernel takes goes to ``triton_resources.json``, which a test holds
@@ -34,6 +34,7 @@ from pyzoo.kernels import _configs
 from tests.specs import pixelcnn_sample, reversible
 from tests.test_triton import SPECS
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64 is there to check results
 RESOURCES = ("registers", "stack", "shared")
 TABLE = Path(__file__).parent / "triton_resources.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -84,7 +85,7 @@ def main(arch: int, every: bool) -> list[dict]:
     JITFunction.run = compile_only
     _backend.backend("triton")
     for spec in (*SPECS, pixelcnn_sample.SPEC, reversible.SPEC):
-        for dtype in spec.dtypes:
+        for dtype in DTYPES:
             for case in spec.bench():
                 if case.quick:
                     more = [False]  # whether there is another configuration to compile
