@@ -204,7 +204,7 @@ def test_reversible_stack(triton):
 # ---------------------------------------------------------------------------------------------------- without running
 
 # What a block may have on every GPU since Ampere. The stack is what the division of IEEE 754, a function, keeps there.
-LIMITS = {"registers": 255, "stack": 32, "shared": 99 << 10}
+LIMITS = {"registers": 255, "stack": 64, "shared": 99 << 10}
 
 
 ARCHS = (80, 90, 100)
@@ -237,7 +237,7 @@ def test_compiles_for_gpus_that_are_not_here(arch, compilers):
     kernels = [json.loads(line) for line in output.read_text().splitlines()]
     assert {kernel["slice"] for kernel in kernels} == SLICES
     table = json.loads((ROOT / "tests" / "triton_resources.json").read_text())
-    allowed = table[f"sm_{arch}"] if table["triton"] == version("triton") else None
+    allowed = table.get(f"sm_{arch}") if table["triton"] == version("triton") else None
     for kernel in kernels:
         most = allowed[kernel["kernel"]] if allowed else LIMITS
         assert all(kernel[name] <= min(most[name], LIMITS[name]) for name in LIMITS), kernel
