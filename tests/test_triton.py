@@ -212,28 +212,26 @@ ARCHS = (80, 90, 100)
 
 @pytest.fixture(scope="module")
 def compilers(tmp_path_factory):
-    """One for each architecture, all at the same time: the process, and the file it writes to."""
+    """One for each architecture, all at the same time: the process, and what it writes."""
     folder, started = tmp_path_factory.mktemp("triton"), {}
     for arch in ARCHS:
         program = [sys.executable, "-m", "tests.triton_offline", str(arch)]
         env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / f"cache_{arch}")}
-        output = folder / f"{arch}.jsonl"
-        with output.open("w") as file:
-            process = subprocess.Popen(program, cwd=ROOT, env=env, stdout=file, stderr=subprocess.PIPE, text=True)
-        started[arch] = process, output
+        output, errors = folder / f"{arch}.jsonl", folder / f"{arch}.txt"
+        with output.open("w") as out, errors.open("w") as err:
+            started[arch] = subprocess.Popen(program, cwd=ROOT, env=env, stdout=out, stderr=err), output, errors
     yield started
-    for process, _ in started.values():
+    for process, _, _ in started.values():
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_for_gpus_that_are_not_here(arch, compilers):
     """For the shapes of the quick benchmarks, within what every GPU can launch, without spilling registers, and, with
     the same Triton, with no more of anything than the table says."""
-    process, output = compilers[arch]
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors[-4000:]
+    process, output, errors = compilers[arch]
+    assert process.wait() == 0, errors.read_text()[-4000:]
     kernels = [json.loads(line) for line in output.read_text().splitlines()]
     assert {kernel["slice"] for kernel in kernels} == SLICES
     table = json.loads((ROOT / "tests" / "triton_resources.json").read_text())
