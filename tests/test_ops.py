@@ -51,7 +51,8 @@ POOLING = [module.SPEC for module in (roi_align, multiscale_roi_align, roi_pool)
 BOX_OPS = [nms.SPEC, batched_nms.SPEC]
 
 DEVICE = os.environ.get("PYZOO_TEST_DEVICE", "cpu")
-torch.backends.cudnn.conv.fp32_precision = "ieee"  # not TF32, whose rounding is not that of a reference
+if DEVICE != "cpu":  # not TF32, whose rounding is not that of a reference
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
 cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="on the CPU alone")
 
 
