@@ -14,6 +14,16 @@ def wide(*dtypes: torch.dtype) -> tl.dtype:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
+def dtype_of_sums(x: torch.Tensor) -> torch.dtype:
+    """The same for a tensor of partial sums of ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def float32_precision(setting: str) -> str:
+    """What float32 is multiplied in, given torch's setting for the library that a kernel stands for."""
+    return "tf32" if setting == "tf32" and torch.version.hip is None else "ieee"
+
+
 def block(n: int, most: int) -> int:
     """The size of a block for ``n`` elements: the next power of 2, or ``most``."""
     return min(triton.next_power_of_2(max(n, 1)), most)
@@ -53,3 +63,19 @@ def dot(left, right, total, PRECISION: tl.constexpr):
     if INTERPRETED:  # where a product takes the bits of bfloat16 for integers
         left, right = left.to(total.dtype), right.to(total.dtype)
     return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+BLOCK_BOXES = 32  # bits of the word that says which of so many boxes reach a tile
+
+
+@triton.jit
+def boxes_on_tile(p_bounds, k0, boxes, i_n, y_first, y_last, x_first, x_last, BLOCK_K: tl.constexpr):
+    """A bit for each of the boxes from k0 on that reach a tile of image i_n. ``p_bounds`` [5, K] has for each box its
+    image, or -1, and its first and last row and column."""
+    o_k = k0 + tl.arange(0, BLOCK_K)
+    m_k = o_k < boxes
+    p_k = p_bounds + o_k
+    hit = (tl.load(p_k, m_k, -1) == i_n) & (tl.load(p_k + boxes, m_k, 0) <= y_last)
+    hit = hit & (tl.load(p_k + 2 * boxes, m_k, 0) >= y_first) & (tl.load(p_k + 3 * boxes, m_k, 0) <= x_last)
+    hit = hit & (tl.load(p_k + 4 * boxes, m_k, 0) >= x_first)
+    return tl.sum(tl.where(hit, tl.full((BLOCK_K,), 1, tl.int32) << (o_k - k0), 0))

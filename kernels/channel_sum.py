@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyzoo.kernels._common import add_up, block, splits, wide
+from pyzoo.kernels._common import add_up, block, dtype_of_sums, splits, wide
 from pyzoo.kernels._configs import pick
 
 
@@ -79,8 +79,7 @@ def channel_sum(map, output):
     count = splits(images * chunks, programs)
     shares = output
     if count > 1:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        shares = torch.empty((count, channels), dtype=dtype, device=x.device)
+        shares = torch.empty((count, channels), dtype=dtype_of_sums(x), device=x.device)
     sizes = (channels, positions, chunks, images * chunks, count)
     _channel_sum_kernel[(programs, count)](x, shares, *x.stride(), *sizes, SUM=wide(x.dtype), **config)
     if count > 1:

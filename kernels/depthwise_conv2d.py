@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyzoo.kernels._common import add_up, block, splits, wide
+from pyzoo.kernels._common import add_up, block, dtype_of_sums, splits, wide
 from pyzoo.kernels._configs import pick
 
 
@@ -515,7 +515,7 @@ def depthwise_conv2d_bwd_weight(grad_output, input, grad_weight, grad_bias, stri
     with_bias = grad_bias is not None
     weight_shares, bias_shares = grad_weight, grad_bias
     if count > 1:
-        sums = {"dtype": torch.float64 if input.dtype == torch.float64 else torch.float32, "device": input.device}
+        sums = {"dtype": dtype_of_sums(input), "device": input.device}
         weight_shares = torch.empty((count, *grad_weight.shape), **sums)
         bias_shares = torch.empty((count, channels), **sums) if with_bias else None
     _depthwise_conv2d_bwd_weight_kernel[(programs, count)](

@@ -17,18 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pyzoo.kernels._common import add_up, block, divide, dot, splits, wide
+from pyzoo.kernels._common import add_up, block, divide, dot, dtype_of_sums, float32_precision, splits, wide
 from pyzoo.kernels._configs import pick
-
-
-def _precision() -> str:
-    """Of products of float32, as for ``torch.bmm``."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if tf32 else "ieee"
-
-
-def _dtype_of_sums(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _divisor(channels: int, positions: int, normalize: bool) -> float:
@@ -151,7 +141,7 @@ def _gram(features, target, gram, normalize):
     """Writes the Gram matrices to ``gram``, less ``target`` if there is one; then returns the sums of the squares."""
     x = features.flatten(2)
     images, channels, positions = x.shape
-    sums = {"dtype": _dtype_of_sums(x), "device": x.device}
+    sums = {"dtype": dtype_of_sums(x), "device": x.device}
     if gram.numel() == 0:
         return torch.empty(0, **sums)
     configs = partial(_fwd_configs, x.element_size())
@@ -167,7 +157,7 @@ def _gram(features, target, gram, normalize):
     _gram_matrix_fwd_kernel[(images * tiles, count)](
         *(x, shares, *x.stride(), channels, positions, length, tiles),
         ONE_TILE=tiles == 1,
-        PRECISION=_precision(),
+        PRECISION=float32_precision(torch.backends.cuda.matmul.fp32_precision),  # as torch.bmm
         SUM=wide(x.dtype),
         **config,
     )
@@ -320,7 +310,7 @@ def gram_matrix_bwd(grad_gram, features, grad_features, normalize):
     split = x.element_size() == 2
     high = torch.empty(grad_gram.shape, dtype=x.dtype, device=x.device)
     low = torch.empty_like(high) if split else high
-    scale = torch.empty((images, channels), dtype=_dtype_of_sums(x), device=x.device)
+    scale = torch.empty((images, channels), dtype=dtype_of_sums(x), device=x.device)
     row_blocks = triton.cdiv(channels, 16)
     _symmetric_kernel[(images * row_blocks,)](
         *(grad_gram, high, low, scale, *grad_gram.stride()),
@@ -337,7 +327,7 @@ def gram_matrix_bwd(grad_gram, features, grad_features, normalize):
         *(high, low, scale, x, out, *x.stride(), *out.stride()),
         *(channels, positions, row_blocks, column_blocks),
         SPLIT=split,
-        PRECISION=_precision(),
+        PRECISION=float32_precision(torch.backends.cuda.matmul.fp32_precision),  # as torch.bmm
         SUM=wide(x.dtype),
         **config,
     )

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyzoo.kernels._common import block, dot, wide
+from pyzoo.kernels._common import block, dot, dtype_of_sums, float32_precision, wide
 from pyzoo.kernels._configs import pick
 
 # ----------------------------------------------------------------------------------------------------------- geometry
@@ -58,9 +58,8 @@ def _strides(x) -> tuple[int, int, int]:
 
 
 def _precision(x) -> str:
-    """What float32 is multiplied in: as torch's own convolutions, which take TF32 unless told otherwise."""
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
+    """As torch's own convolutions, which take TF32 for float32 unless told otherwise."""
+    return float32_precision(torch.backends.cudnn.conv.fp32_precision) if x.dtype == torch.float32 else "ieee"
 
 
 def _is_slow(x, precision) -> bool:
@@ -416,8 +415,7 @@ def masked_conv2d_bwd_weight(grad_output, input, grad_weight, mask, colors, gate
         programs *= triton.cdiv(ins, config["BLOCK_C"]) * triton.cdiv(live, config["BLOCK_T"])
         # A part reads several times what it writes.
         splits = min(triton.cdiv(2 * PROGRAMS, programs), triton.cdiv(images * tiles, 4))
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        parts = torch.empty((splits, live, out_channels, ins), dtype=dtype, device=input.device)
+        parts = torch.empty((splits, live, out_channels, ins), dtype=dtype_of_sums(input), device=input.device)
         input, grad_output = _dense(input), _dense(grad_output)
         _masked_conv2d_bwd_weight_kernel[(programs, splits)](
             *(grad_output, input, parts),

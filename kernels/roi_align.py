@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyzoo.kernels._common import block, divide, wide
+from pyzoo.kernels._common import BLOCK_BOXES, block, boxes_on_tile, divide, wide
 from pyzoo.kernels._configs import pick
 
 # ----------------------------------------------------------------------------------------------------------- geometry
@@ -307,13 +307,7 @@ def _roi_align_bwd_kernel(
 
     total = tl.zeros((BLOCK_C, BLOCK_H, BLOCK_W), SUM)
     for k0 in range(0, boxes, BLOCK_K):
-        o_k = k0 + tl.arange(0, BLOCK_K)
-        m_k = o_k < boxes
-        p_k = p_bounds + o_k
-        hit = (tl.load(p_k, m_k, -1) == i_n) & (tl.load(p_k + boxes, m_k, 0) <= y_last)
-        hit = hit & (tl.load(p_k + 2 * boxes, m_k, 0) >= y_first) & (tl.load(p_k + 3 * boxes, m_k, 0) <= x_last)
-        hit = hit & (tl.load(p_k + 4 * boxes, m_k, 0) >= x_first)
-        hits = tl.sum(tl.where(hit, tl.full((BLOCK_K,), 1, tl.int32) << (o_k - k0), 0))
+        hits = boxes_on_tile(p_bounds, k0, boxes, i_n, y_first, y_last, x_first, x_last, BLOCK_K)
         if hits != 0:
             for j in range(BLOCK_K):
                 if (hits >> j) & 1:
@@ -334,9 +328,6 @@ def _roi_align_bwd_kernel(
     p_out += (o_y.to(tl.int64) * s_in_h)[None, :, None] + (o_x.to(tl.int64) * s_in_w)[None, None, :]
     m = m_c[:, None, None] & (o_y < height)[None, :, None] & (o_x < width)[None, None, :]
     tl.store(p_out, total.to(p_grad_input.dtype.element_ty), m)
-
-
-BLOCK_BOXES = 32  # bits of the word that says which of them reach a tile
 
 
 def _bwd_configs(channels, bins):

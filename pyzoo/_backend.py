@@ -80,6 +80,10 @@ class Kernel:
     def _cpu(self) -> Callable:
         return getattr(C, f"{self.name}_cpu")
 
+    def exists(self, device) -> bool:
+        """Whether there is one for tensors of ``device``, had none been forced."""
+        return any(why_not(name, self.op, self.name, device.type) is None for name in DEFAULT.get(device.type, ()))
+
     def _find(self, device: str) -> Callable:
         if forced == "reference":
             raise NotImplementedError(

@@ -61,12 +61,7 @@ def _has_kernel(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) is not Tensor or common._dispatch_keys(t).raw_repr() & common._NOT_PLAIN:
             return False
-    return x.device.type == "cpu" or _backend.forced is not None or _has_backend(x.device.type)
-
-
-def _has_backend(device: str) -> bool:
-    names = _backend.DEFAULT.get(device, ())
-    return any(_backend.why_not(name, _fwd.op, _fwd.name, device) is None for name in names)
+    return x.device.type == "cpu" or _backend.forced is not None or _fwd.exists(x.device)
 
 
 def couple(x: Tensor, update: Tensor, out: Tensor | None = None) -> Tensor:
