@@ -6,7 +6,19 @@ Submodules load when first used, so ``import pyzoo`` is fast and needs no torch.
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["accelerate", "backend", "compat", "info", "nn", "numpy", "ops", "patch"]
+__all__ = [
+    "accelerate",
+    "backend",
+    "compat",
+    "create_model",
+    "info",
+    "list_models",
+    "models",
+    "nn",
+    "numpy",
+    "ops",
+    "patch",
+]
 
 
 def __getattr__(name: str):
@@ -22,6 +34,8 @@ def __getattr__(name: str):
         from pyzoo._backend import backend
 
         return backend
+    if name in ("create_model", "list_models"):
+        return getattr(importlib.import_module("pyzoo.models"), name)
     if name in __all__:
         return importlib.import_module(f"pyzoo.{name}")
     raise AttributeError(f"module 'pyzoo' has no attribute {name!r}")

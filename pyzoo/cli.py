@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs ``pyzoo VERB ...`` and returns the exit status."""
     parser = argparse.ArgumentParser(prog="pyzoo", description="Fast vision kernels for PyTorch and NumPy.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (add_info, add_bench, add_tune):
+    for add in (add_info, add_bench, add_tune, add_reproduce):
         add(verbs)
     args = parser.parse_args(argv)
     try:
@@ -74,6 +74,33 @@ def tune(args: argparse.Namespace) -> int:
     """Measures the configurations that the Triton kernels offer on this GPU; later calls take the fastest for the
     nearest shape."""
     return run_from_tree("benchmarks.tune", "tune", args)
+
+
+def add_reproduce(verbs) -> None:
+    parser = verbs.add_parser("reproduce", help="run what a paper claims, small", description=reproduce.__doc__)
+    add = parser.add_argument
+    add("papers", nargs="*", metavar="PAPER", help="names, or 'all'; without any, the papers there are")
+    add("--seed", type=int, default=0, metavar="N", help="for all that is random (default: %(default)s)")
+    add("-o", "--output", metavar="DIR", default="out/reproduce", help="folder for pictures (default: %(default)s)")
+    parser.set_defaults(run=reproduce)
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Runs a paper's claims at a size for two cores, prints claimed beside measured and saves a picture.
+
+    Exits with 1 if a claim does not hold.
+    """
+    from pyzoo.reproduce import papers, run
+
+    known = papers()
+    if not args.papers:
+        print("\n".join(known))
+        return 0
+    for paper in args.papers:
+        if paper not in [*known, "all"]:
+            raise CommandError(f"there is no paper {paper!r} to reproduce; there are {', '.join(known)}")
+    wanted = known if "all" in args.papers else args.papers
+    return max([run(paper, Path(args.output), args.seed) for paper in wanted])
 
 
 def run_from_tree(module: str, verb: str, args: argparse.Namespace) -> int:

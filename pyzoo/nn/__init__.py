@@ -1,5 +1,6 @@
 """Modules around the operators of :mod:`pyzoo.ops`, with the arguments of what they replace."""
 
+from pyzoo.nn.batch_norm import FrozenBatchNorm2d, conv_bn
 from pyzoo.nn.reversible import ReversibleBlock, ReversibleSequential
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
 from pyzoo.ops.gram_matrix import GramLoss, GramMatrix
@@ -10,6 +11,7 @@ from pyzoo.ops.spatial_pyramid_pool2d import SpatialPyramidPool2d
 
 __all__ = [
     "DepthwiseConv2d",
+    "FrozenBatchNorm2d",
     "GramLoss",
     "GramMatrix",
     "MaskedConv2d",
@@ -19,4 +21,5 @@ __all__ = [
     "RoIAlign",
     "RoIPool",
     "SpatialPyramidPool2d",
+    "conv_bn",
 ]

@@ -1,0 +1,93 @@
+"""The list of models: ``pyzoo.create_model(name)`` builds one, ``pyzoo.list_models()`` names them all."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import nn
+
+# One module a paper. Each registers its models when it is imported.
+PAPERS = ("resnet",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a model before it is built.
+
+    Attributes:
+        name: what :func:`create_model` takes.
+        build: makes the model; keyword arguments override its defaults.
+        paper: title, first author and arXiv number.
+        task: ``"classification"``, logits of a batch of images; or ``"detection"``, torchvision's contract: a list of
+            images, with targets in training, becomes a dict of losses or a list of dicts of boxes, labels and scores.
+        input: what images the model wants: shape, dtype, color order, range, normalisation.
+        parameters: how many numbers the model of the paper learns, exactly.
+        tiny: arguments that make it small enough for a test.
+        size: height and width of an image for the tiny model.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    paper: str
+    task: str
+    input: str
+    parameters: int
+    tiny: dict[str, Any]
+    size: tuple[int, int]
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register_model(name: str, build: Callable[..., nn.Module], **about) -> None:
+    """Adds a model to the list; ``about`` are the fields of :class:`Entry`."""
+    if name in _ENTRIES:
+        raise ValueError(f"register_model: {name!r} is already the model of {_ENTRIES[name].paper}")
+    _ENTRIES[name] = Entry(name, build, **about)
+
+
+def _entries() -> dict[str, Entry]:
+    for paper in PAPERS:
+        importlib.import_module(f"pyzoo.models.{paper}")
+    return _ENTRIES
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of all models that match a shell pattern, as ``"resnet*"``."""
+    return sorted(name for name in _entries() if fnmatch(name, pattern))
+
+
+def model_entry(name: str) -> Entry:
+    """What is known of a model.
+
+    Raises:
+        ValueError: there is no model of that name; the message has the nearest ones.
+    """
+    entries = _entries()
+    if name not in entries:
+        near = difflib.get_close_matches(str(name), entries, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "pyzoo.list_models() has them all"
+        raise ValueError(f"create_model: there is no model {name!r}; {hint}")
+    return entries[name]
+
+
+def create_model(name: str, **kwargs) -> nn.Module:
+    """Builds a model with random weights, as its paper initialises them.
+
+    ::
+
+        model = pyzoo.create_model("resnet50", num_classes=10)
+
+    Args:
+        name: one of :func:`list_models`.
+        kwargs: what that model's own function in ``pyzoo.models`` takes.
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    return model_entry(name).build(**kwargs)

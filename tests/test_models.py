@@ -1,0 +1,114 @@
+"""What every model of the list must do, whatever its paper."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+import pyzoo
+from pyzoo.models import model_entry, register_model
+
+ALL = pyzoo.list_models()
+
+
+def make_tiny(name: str, seed: int = 0):
+    torch.manual_seed(seed)
+    entry = model_entry(name)
+    return entry, entry.build(**entry.tiny)
+
+
+def make_batch(entry, count: int = 2):
+    """Images, and targets for a detector: an object, and then none."""
+    height, width = entry.size
+    if entry.task == "classification":
+        return torch.randn(count, 3, height, width), torch.arange(count)
+    images = [torch.rand(3, height, width), torch.rand(3, height, width - 3)][:count]
+    targets = []
+    for image, objects in zip(images, (1, 0), strict=False):
+        boxes = torch.tensor([[4.0, 6.0, width * 0.7, height * 0.8]])[:objects]
+        masks = torch.zeros(objects, *image.shape[1:], dtype=torch.uint8)
+        masks[:, 6 : int(height * 0.8), 4 : int(width * 0.7)] = 1
+        targets.append({"boxes": boxes, "labels": torch.ones(objects, dtype=torch.int64), "masks": masks})
+    return images, targets
+
+
+def loss_of(entry, model, inputs, targets):
+    if entry.task == "classification":
+        return torch.nn.functional.cross_entropy(model(inputs), targets)
+    return sum(model(inputs, targets).values())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters(name):
+    entry = model_entry(name)
+    with torch.device("meta"):
+        model = entry.build()
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == entry.parameters
+    assert "arXiv" in entry.paper
+    assert entry.input
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_learns(name):
+    """Each parameter gets a finite gradient, and a step along it makes the loss smaller."""
+    entry, model = make_tiny(name)
+    inputs, targets = make_batch(entry)
+
+    def loss():
+        torch.manual_seed(1)  # what is drawn, as dropout or the sampling of anchors
+        return loss_of(entry, model, inputs, targets)
+
+    before = loss()
+    before.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= parameter.grad * (1e-3 / norm)
+    assert loss() < before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_evaluates(name):
+    """The same images give the same, in either memory format; an image does not depend on those beside it."""
+    entry, model = make_tiny(name)
+    model.eval()
+    inputs, _ = make_batch(entry)
+    with torch.no_grad():
+        expected = model(inputs)
+        assert_equal(model(inputs), expected)
+        assert_equal(model(inputs[:1]), expected[:1])
+        model.to(memory_format=torch.channels_last)
+        assert_equal(model(inputs), expected)
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_dict(name):
+    """What is saved and loaded is the same model."""
+    entry, model = make_tiny(name)
+    _, other = make_tiny(name, seed=1)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    inputs, _ = make_batch(entry)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(inputs), model.eval()(inputs), rtol=0, atol=0)
+
+
+def test_unknown_model():
+    with pytest.raises(ValueError, match="no model 'resnet5'; did you mean resnet50"):
+        pyzoo.create_model("resnet5")
+
+
+def test_same_name_twice():
+    with pytest.raises(ValueError, match="'resnet18' is already"):
+        register_model("resnet18", torch.nn.Linear)
