@@ -99,6 +99,17 @@ def test_nms_in_chunks(limit, triton, monkeypatch):
 
 
 @interpreted
+def test_nms_of_columns(triton):
+    """Scores and boxes that are not neighbours in memory."""
+    torch.manual_seed(0)
+    corner, size = torch.rand(70, 2) * 40, torch.rand(70, 2) * 20
+    table = torch.cat([corner, corner + size, torch.rand(70, 3)], 1)
+    kept = pyzoo.ops.nms(table[:, :4], table[:, 5], 0.3)
+    assert kept.tolist() == pyzoo.ops.nms(table[:, :4].contiguous(), table[:, 5].contiguous(), 0.3).tolist()
+    assert 10 < len(kept) < 60
+
+
+@interpreted
 @pytest.mark.parametrize("mode", ["max", "avg"])
 def test_spatial_pyramid_of_a_map_wider_than_a_block(mode, triton):
     x = torch.randn(1, 3, 4, 300)
