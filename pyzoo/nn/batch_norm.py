@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
+
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics and affine map do not change: all four are buffers, under the names of
@@ -43,12 +45,12 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
     """``bn(conv(x))``. Where the statistics are fixed, the weights of the convolution take the scale and its bias the
     shift, which saves a pass over the map, forward and backward; results agree to rounding. Gradients reach what both
     modules learn, and a module with hooks is called as usual."""
-    if not (type(x) is Tensor and type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and _is_fixed(bn)):
+    if type(x) is not Tensor or type(conv) not in CONVS or not _is_fixed(bn) or _has_hooks(conv) or _has_hooks(bn):
         return bn(conv(x))
-    if _has_hooks(conv) or _has_hooks(bn):
-        return bn(conv(x))
-    weight, bias = _folded(conv, bn)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(x, *_folded(conv, bn))
+
+
+CONVS = (nn.Conv2d, DepthwiseConv2d)
 
 
 def _is_fixed(bn: nn.Module) -> bool:
