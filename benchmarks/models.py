@@ -1,8 +1,8 @@
 """python -m benchmarks.models [NAME ...]: whole models against torchvision's, with the same weights on the same input.
 
 Inference and a training step (forward, backward, SGD) run in turns in one process, after what both compute was
-compared. Inputs are the two photographs of scikit-learn. Weights are random; those that score classes are enlarged until
-about as many boxes pass the threshold as a trained detector finds.
+compared. Inputs are the two photographs of scikit-learn. Weights are random; those that score classes are enlarged
+until about as many boxes pass the threshold as a trained detector finds.
 """
 
 from __future__ import annotations
