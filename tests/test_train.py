@@ -111,14 +111,12 @@ def test_resumes_bit_for_bit(tmp_path, workers):
     with pytest.raises(KeyboardInterrupt):
         run(folder, 0, interrupt_at=16 * 10 + 3)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000008"]
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 10
     (folder / "unfinished").mkdir()  # killed while it saved
     (folder / "unfinished" / "model.safetensors").write_bytes(b"half")
     again, history = run(folder, 99, workers=workers)
     assert history == expected
     assert torch.equal(weights(again), weights(model))
-    lines = {path: (tmp_path / path / "history.jsonl").read_text() for path in ("whole", "parts")}
-    assert lines["whole"] == lines["parts"]
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-00000015"]
     _, history = run(folder, 7)  # nothing left to do
     assert history == expected
 
@@ -260,7 +258,6 @@ def test_two_processes_equal_one(tmp_path):
     results = [torch.load(tmp_path / f"result-{rank}") for rank in (0, 1)]
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0], expected, rtol=1e-4, atol=1e-5)
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 6
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -272,7 +269,7 @@ def test_two_processes_equal_one(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"steps": None}, r"steps, epochs must be given, one of the two, got \(None, None\)"),
         ({"epochs": 1}, r"one of the two, got \(1, 1\)"),
-        ({"gradient_accumulation": 3}, "batch_size must be a multiple of 3, processes times gradient_acc.*got 4"),
+        ({"gradient_accumulation": 3}, "batch_size must be a multiple of 3: processes x accumulation, got 4"),
         ({"clip_norm": 0}, "clip_norm must be above 0, got 0"),
         ({"every": 0}, "every must be at least 1"),
         ({"mixed_precision": "int8"}, "mixed_precision must be no, fp16 or bf16, got 'int8'"),
@@ -289,7 +286,7 @@ def test_bad_arguments(change, message):
 
 def test_loss_that_is_no_number():
     model, options = make()
-    with pytest.raises(TypeError, match=r"the loss 'loss' must be a tensor of one number, got \(4,\)"):
+    with pytest.raises(TypeError, match=r"the loss 'loss' must be a tensor of one number, got torch.Size\(\[4\]\)"):
         fit(model, Jittered(), batch_size=4, steps=1, **{**options, "loss": lambda y, t: y.sum(1)})
     with pytest.raises(TypeError, match="the loss 'a' must be a tensor of one number, got float"):
         fit(model, Jittered(), batch_size=4, steps=1, **{**options, "loss": lambda y, t: {"a": 0.5}})
