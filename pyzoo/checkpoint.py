@@ -85,9 +85,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = safetensors.load_file(path) if safetensors else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes
-        # What comes before is torch's advice to load it unsafely.
-        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__
-        raise ValueError(f"load_weights: cannot read {path}; allowed is {ALLOWED} ({reason:.200})") from error
+        reason = error.__context__ or error  # around it, torch puts the advice to load it unsafely
+        text = f"{type(reason).__name__}: {' '.join(str(reason).split()):.150}"
+        raise ValueError(f"load_weights: cannot read {path}; allowed is {ALLOWED} ({text})") from reason
     while isinstance(state, Mapping) and (inner := [state[k] for k in ("state_dict", "model") if k in state]):
         if not isinstance(inner[0], Mapping):
             break
