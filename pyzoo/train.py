@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pyzoo._extras import need
-from pyzoo.data._detection import detection_collate
+from pyzoo.data._common import detection_collate
 
 
 def fit(
