@@ -19,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
-from pyzoo.nn.batch_norm import conv_bn
+from pyzoo.nn.conv import packed_conv
 
 # Table 1. Channels of the convolutions of each block, in multiples of the first block's; negative: a 1x1 convolution.
 TABLE_1 = {
@@ -74,19 +75,18 @@ def layer_index(features: Iterable[nn.Module]) -> dict[str, int]:
 def run(layers: Iterable[nn.Module], x: Tensor, taps: dict[int, Tensor] | None = None) -> Tensor:
     """The layers one after the other, a convolution and its batch norm in one pass where that is the same. Outputs of
     the layers whose indices are keys of ``taps`` are put there."""
-    layers = list(layers)
-    taps = {} if taps is None else taps
-    skip = False
-    for i, layer in enumerate(layers):
-        following = layers[i + 1] if i + 1 < len(layers) else None
-        if skip:  # the batch norm is done
-            skip = False
-        elif isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d) and i not in taps:
-            x, skip = conv_bn(x, layer, following), True
+    layers, taps, i = list(layers), {} if taps is None else taps, 0
+    while i < len(layers):
+        layer, bn = layers[i], None
+        if isinstance(layer, nn.Conv2d):
+            if i + 1 < len(layers) and isinstance(layers[i + 1], nn.BatchNorm2d) and i not in taps:
+                i, bn = i + 1, layers[i + 1]
+            x = packed_conv(x, layer, bn)
         else:
-            x = layer(x)
-        if i in taps:  # what follows may be an in-place ReLU
-            taps[i] = x.clone() if isinstance(following, nn.ReLU) and following.inplace else x
+            x = run(layer, x) if isinstance(layer, nn.Sequential) else layer(x)
+        if i in taps:  # an in-place ReLU may be next
+            taps[i] = x.clone() if i + 1 < len(layers) and isinstance(layers[i + 1], nn.ReLU) else x
+        i += 1
     return x
 
 
@@ -145,7 +145,7 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) < 32:
             raise ValueError(f"VGG: images must be at least 32 x 32, got {x.shape[-2]} x {x.shape[-1]}")
-        x = run(self.features, x)  # [N, 512, H / 32, W / 32]
+        x = run(self.features, x.contiguous(memory_format=torch.channels_last))  # [N, 512, H / 32, W / 32]
         return self.classifier(self.avgpool(x).flatten(1))
 
     def taps(self, x: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ class VGG(nn.Module):
         for name in names:
             _check_choice("taps", name, index)
         taken = {index[name]: x for name in names}
-        run(self.features[: max(taken, default=-1) + 1], x, taken)
+        run(self.features[: max(taken, default=-1) + 1], x.contiguous(memory_format=torch.channels_last), taken)
         return {name: taken[index[name]] for name in names}
 
 
