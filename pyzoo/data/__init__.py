@@ -1,1 +1,9 @@
 """Data: real and small, made on the spot, or in folders that you have."""
+
+from pyzoo.data._common import detection_collate
+from pyzoo.data.coco import CocoDetection
+from pyzoo.data.digits import digit_scenes, digits
+from pyzoo.data.folder import image_folder
+from pyzoo.data.voc import VocDetection
+
+__all__ = ["CocoDetection", "VocDetection", "detection_collate", "digit_scenes", "digits", "image_folder"]
