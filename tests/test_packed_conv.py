@@ -1,0 +1,170 @@
+"""Convolutions with weights in the library's order: equal to the modules, and the modules wherever it must be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from pyzoo.nn import packed_conv
+
+
+def make(channels=6, out=8, size=3, batch_norm=True, seed=0, **options):
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(channels, out, size, **options)
+    if not batch_norm:
+        return nn.ModuleList([conv]).eval()
+    bn = nn.BatchNorm2d(out)
+    nn.init.uniform_(bn.running_mean)
+    nn.init.uniform_(bn.running_var, 0.5, 1.5)
+    nn.init.normal_(bn.weight)
+    return nn.ModuleList([conv, bn]).eval()
+
+
+def fused(modules, x):
+    return packed_conv(x, *modules)
+
+
+def plain(modules, x):
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def image(channels=6, size=(9, 11), count=2):
+    torch.manual_seed(1)
+    return torch.randn(count, channels, *size).contiguous(memory_format=torch.channels_last)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+GEOMETRIES = [
+    {},
+    {"size": 1, "bias": False},
+    {"stride": 2, "padding": 1},
+    {"padding": 6, "dilation": 6},
+    {"size": (1, 4), "padding": (0, 1)},
+    {"groups": 2},
+    {"padding": "same"},
+    {"padding": 1, "padding_mode": "reflect"},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_equal_to_the_modules(geometry, batch_norm):
+    modules = make(batch_norm=batch_norm, **geometry)
+    with torch.no_grad():
+        for x in (image(), image(size=(20, 7), count=1), image().contiguous(), image(count=0)):
+            close(fused(modules, x), plain(modules, x))
+    with torch.inference_mode():
+        close(fused(modules, image()), plain(modules, image()))
+
+
+def test_is_one_operator():
+    """Where nothing learns: no batch norm is run, and no weight is moved."""
+    modules = make()
+    x = image()
+    with torch.no_grad():
+        fused(modules, x)
+        with torch.profiler.profile() as profile:
+            fused(modules, x)
+    names = {event.key for event in profile.key_averages()}
+    assert "mkldnn::_convolution_pointwise" in names
+    assert not names & {"aten::batch_norm", "aten::conv2d", "mkldnn::_reorder_convolution_weight", "aten::mul"}
+
+
+def test_gradients():
+    """Of whatever learns."""
+    modules = make().double()
+    for module in modules:
+        for learns in (module.weight, module.bias):
+            for parameter in modules.parameters():
+                parameter.requires_grad_(parameter is learns)
+            x = image().double()
+            actual = torch.autograd.grad(fused(modules, x).square().sum(), learns)
+            close(actual, torch.autograd.grad(plain(modules, x).square().sum(), learns))
+    modules.float().requires_grad_(False)
+    x = image().requires_grad_()
+    actual = torch.autograd.grad(fused(modules, x).square().sum(), x)
+    close(actual, torch.autograd.grad(plain(modules, x).square().sum(), x))
+
+
+def test_weights_change():
+    """In place, by an optimizer, by loading, by moving to another dtype: the next call has the new ones."""
+    modules, other, x = make(), make(seed=5), image()
+    changes = [
+        lambda m: m[0].weight.mul_(2),
+        lambda m: m[0].bias.zero_(),
+        lambda m: m[1].running_mean.add_(1),
+        lambda m: m.load_state_dict(other.state_dict()),
+        lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones_like(m[0].weight))),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.bfloat16().float(),
+    ]
+    with torch.no_grad():
+        fused(modules, x)
+        for change in changes:
+            change(modules)
+            close(fused(modules, x), plain(modules, x))
+    with torch.no_grad():
+        close(fused(copy.deepcopy(modules), x), plain(modules, x))
+
+
+def test_inference_weights():
+    """They have no version, so nothing is kept of them."""
+    x = image()
+    with torch.inference_mode():
+        modules = make()
+        close(fused(modules, x), plain(modules, x))
+        modules[0].weight.mul_(2)
+        close(fused(modules, x), plain(modules, x))
+
+
+def test_training_statistics():
+    """A batch norm in training takes those of the batch, and keeps them."""
+    modules = make().train()
+    other, x = copy.deepcopy(modules), image()
+    with torch.no_grad():
+        close(fused(modules, x), plain(other, x))
+    close(modules[1].running_mean, other[1].running_mean)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_hooks(which):
+    modules, seen = make(), []
+    modules[which].register_forward_hook(lambda *_: seen.append(which))
+    with torch.no_grad():
+        close(fused(modules, image()), plain(modules, image()))
+    assert seen == [which] * 2
+
+
+def test_other_tensors():
+    """float64, autocast, vmap, forward-mode derivatives, the meta device."""
+    modules = make()
+    with torch.no_grad():
+        close(fused(modules.double(), image().double()), plain(modules, image().double()))
+        modules.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fused(make(batch_norm=False), image()).dtype == torch.bfloat16
+        x = torch.stack([image(), image() * 2])
+        close(torch.vmap(lambda x: fused(modules, x))(x), torch.stack([plain(modules, y) for y in x]))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(image(), image() * 2)
+            tangents = [forward_ad.unpack_dual(f(modules, dual)).tangent for f in (fused, plain)]
+            close(*tangents)
+        assert fused(copy.deepcopy(modules).to("meta"), image().to("meta")).device.type == "meta"
+
+
+def test_not_a_number():
+    """It stays one, as with the modules."""
+    x = image()
+    x[0, 1, 3, 3] = float("nan")
+    modules = make(batch_norm=False)
+    with torch.no_grad():
+        assert torch.equal(fused(modules, x).isnan(), plain(modules, x).isnan())
