@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 # One module a paper. Each registers its models when it is imported.
-PAPERS = ("resnet", "ssd", "vgg")
+PAPERS = ("resnet", "vgg", "fpn", "faster_rcnn", "mask_rcnn", "ssd")
 
 
 @dataclass(frozen=True)

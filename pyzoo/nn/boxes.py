@@ -72,6 +72,7 @@ class BoxCoder:
 
     def decode(self, offsets: Tensor, references: Tensor) -> Tensor:
         """[..., 4], [..., 4] -> [..., 4]; leading dimensions broadcast."""
+        offsets = offsets.to(torch.promote_types(offsets.dtype, references.dtype))  # pixels need more than float16
         offsets = offsets / offsets.new_tensor(self.weights)
         reference = to_centres(references.to(offsets.dtype))
         centre = offsets[..., :2] * reference[..., 2:] + reference[..., :2]
