@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 # One module a paper. Each registers its models when it is imported.
-PAPERS = ("resnet", "yolo_v1")
+PAPERS = ("resnet", "spp_net", "yolo_v1")
 
 
 @dataclass(frozen=True)
