@@ -19,10 +19,15 @@ def box_area(boxes: Tensor) -> Tensor:
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of all pairs: [N, 4] and [M, 4] -> [N, M]. Two boxes without area have NaN, as in
     torchvision."""
-    top_left = torch.max(boxes1[:, None, :2], boxes2[:, :2])
-    bottom_right = torch.min(boxes1[:, None, 2:], boxes2[:, 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(2)
-    return intersection / (box_area(boxes1)[:, None] + box_area(boxes2) - intersection)
+    return paired_iou(boxes1[:, None], boxes2)
+
+
+def paired_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """:func:`box_iou` of each box with its partner alone: [..., 4] and [..., 4], which broadcast, -> [...]."""
+    top_left = torch.max(boxes1[..., :2], boxes2[..., :2])
+    bottom_right = torch.min(boxes1[..., 2:], boxes2[..., 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
+    return intersection / (box_area(boxes1) + box_area(boxes2) - intersection)
 
 
 def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
