@@ -126,7 +126,7 @@ class NinjaBuild(build_ext):
             ]
 
         lines = [
-            f"rule cxx\n command = {shlex.join(cxx)} {shlex.join(flags)} $more -MMD -MF $out.d -c $in -o $out",
+            f"rule cxx\n command = {shlex.join(cxx)} {shlex.join(flags)} -MMD -MF $out.d -c $in -o $out",
             " depfile = $out.d\n deps = gcc\n description = $in",
             f"rule nvcc\n command = {nvcc} {shlex.join(nvcc_flags)} -MMD -MF $out.d -c $in -o $out",
             " depfile = $out.d\n deps = gcc\n description = $in",
@@ -137,8 +137,6 @@ class NinjaBuild(build_ext):
         for source in kernels + (cuda_kernels if nvcc else []):
             objects.append("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
             lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
-            if source.name == "bindings.cpp":  # there is nothing in it to make fast
-                lines.append(" more = -O1")
         lines.append(f"build _C.so: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
