@@ -9,15 +9,19 @@ __version__ = "0.1.0"
 __all__ = [
     "accelerate",
     "backend",
+    "checkpoint",
     "compat",
     "create_model",
+    "data",
     "info",
     "list_models",
+    "metrics",
     "models",
     "nn",
     "numpy",
     "ops",
     "patch",
+    "train",
 ]
 
 

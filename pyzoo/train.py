@@ -63,8 +63,7 @@ def fit(
             What it draws at random does not change the training.
         every: steps between evaluations, and between checkpoints; an epoch by default. The last step has both.
         folder: where ``checkpoint-<step>`` goes, the latest alone; None keeps nothing.
-        resume: go on from the checkpoint in the folder, if there is one. On a CPU the losses are then, bit for bit,
-            those of a run that was not interrupted.
+        resume: go on from the folder's checkpoint, if any; on a CPU to the same losses, bit for bit, as if in one run.
         seed: of the order and of all that is drawn at random.
         workers: processes that load samples; 0 loads them in this one.
 
@@ -208,12 +207,12 @@ def _seeded(*seed: int):
 @contextlib.contextmanager
 def _accelerator(accelerate, parts: int, mixed_precision: str | None):
     """An Accelerator that leaves the process free to make another one, of another precision."""
-    state = accelerate.state
-    alone = not state.is_initialized()
+    state, alone = accelerate.state, not accelerate.state.is_initialized()
+    cpu = not torch.accelerator.is_available()  # else, under torchrun without a GPU, each process trains by itself
     options = {"gradient_accumulation_plugin": accelerate.utils.GradientAccumulationPlugin(num_steps=parts)}
     options["dataloader_config"] = accelerate.DataLoaderConfiguration(split_batches=True)  # one step of the schedule
     try:
-        yield accelerate.Accelerator(mixed_precision=mixed_precision, **options)
+        yield accelerate.Accelerator(cpu=cpu, mixed_precision=mixed_precision, **options)
     finally:
         if alone:
             state.AcceleratorState._reset_state(reset_partial_state=True)

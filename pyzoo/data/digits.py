@@ -50,8 +50,8 @@ class digit_scenes(Dataset):
         seed: another one gives other scenes.
         objects: the least and the most digits in a scene. A digit for which there is no place is left out, but never
             the first.
-        scale: the least and the most pixels of the side of a digit, all sizes in between being as likely by their
-            logarithm. Its box is about as high, and mostly narrower.
+        scale: the least and the most pixels of a digit's side, log-uniform in between. Its box is about as high, and
+            mostly narrower.
         max_overlap: how much of the smaller of two boxes the other one may cover.
         split: "train" or "test"; the two have no digit in common.
     """
