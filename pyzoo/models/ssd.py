@@ -30,6 +30,7 @@ from pyzoo.models import vgg
 from pyzoo.models._registry import register_model
 from pyzoo.nn.boxes import BoxCoder, box_iou, clip_boxes, match
 from pyzoo.nn.conv import packed_conv
+from pyzoo.nn.detection import check_images, check_targets
 from pyzoo.ops import batched_nms
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -142,22 +143,15 @@ class Backbone(nn.Module):
         self.features = layers[: index["pool4"]]
         fc = nn.Sequential(
             nn.MaxPool2d(3, 1, 1),  # pool5
-            nn.Conv2d(8 * width, 16 * width, 3, padding=6, dilation=6),  # fc6
-            nn.ReLU(inplace=True),
-            nn.Conv2d(16 * width, 16 * width, 1),  # fc7
-            nn.ReLU(inplace=True),
+            *_conv(8 * width, 16 * width, 3, padding=6, dilation=6, batch_norm=batch_norm),  # fc6
+            *_conv(16 * width, 16 * width, 1, batch_norm=batch_norm),  # fc7
         )
         self.out_channels = [8 * width, 16 * width]
         self.extra = nn.ModuleList([nn.Sequential(*layers[index["pool4"] : index["pool5"]], fc)])
         for reduced, channels, size, stride, padding in layout.extras:
-            self.extra.append(
-                nn.Sequential(
-                    nn.Conv2d(self.out_channels[-1], reduced * width, 1),
-                    nn.ReLU(inplace=True),
-                    nn.Conv2d(reduced * width, channels * width, size, stride, padding),
-                    nn.ReLU(inplace=True),
-                )
-            )
+            narrow = _conv(self.out_channels[-1], reduced * width, 1, batch_norm=batch_norm)
+            wide = _conv(reduced * width, channels * width, size, stride, padding, batch_norm=batch_norm)
+            self.extra.append(nn.Sequential(*narrow, *wide))
             self.out_channels.append(channels * width)
         _xavier(fc)
         _xavier(self.extra[1:])
@@ -170,6 +164,11 @@ class Backbone(nn.Module):
             x = vgg.run(layers, x)  # conv7 [N, 1024, S / 16, S / 16]; conv8_2 ..
             maps.append(x)
         return maps
+
+
+def _conv(*args, batch_norm: bool, **kwargs) -> list[nn.Module]:
+    conv = nn.Conv2d(*args, **kwargs)
+    return [conv, *([nn.BatchNorm2d(conv.out_channels)] if batch_norm else []), nn.ReLU(inplace=True)]
 
 
 class Predictors(nn.Module):
@@ -270,7 +269,7 @@ class SSD(nn.Module):
         boxes: which sizes of the layout: "coco" or "voc".
         clamp_sizes, whole_sizes: as of :func:`default_boxes`.
         width: channels of VGG's first block.
-        batch_norm: in VGG's convolutions; it is then easy to train from scratch.
+        batch_norm: after each convolution but the predictors'; it is then easy to train from scratch.
         matching: "best" or "bipartite".
         iou_thresh: overlap that makes a default box positive.
         negatives: how many count for each positive.
@@ -300,8 +299,9 @@ class SSD(nn.Module):
         image_std: tuple[float, float, float] = (1 / 255, 1 / 255, 1 / 255),
     ):
         super().__init__()
-        _check_choice("boxes", boxes, layout.sizes)
-        _check_choice("matching", matching, MATCHING)
+        for what, value, allowed in (("boxes", boxes, layout.sizes), ("matching", matching, MATCHING)):
+            if value not in allowed:
+                raise ValueError(f"SSD: {what} must be one of {', '.join(allowed)}, got {value!r}")
         per_cell = [len(shapes) for shapes in box_shapes(layout, boxes)]
         self.backbone = Backbone(layout, width, batch_norm)
         self.head = nn.ModuleDict(
@@ -328,9 +328,9 @@ class SSD(nn.Module):
         return self._boxes().to(device)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None):
-        _check_images(images)
+        check_images("SSD", images)
         if self.training:
-            _check_targets(images, targets, self.num_classes)
+            check_targets("SSD", images, targets, self.num_classes)
         offsets, logits = self.network(self.prepare(images))
         if self.training:
             size = [image.shape[-2:] for image in images]
@@ -412,49 +412,6 @@ def candidates(scores: Tensor, threshold: float, count: int) -> tuple[Tensor, Te
         return box[rank, label], label, score[rank, label]
     box, label = above.nonzero(as_tuple=True)
     return box, label, scores[box, label]
-
-
-# ---------------------------------------------------------------------------------------------------------------- input
-
-
-def _check_choice(what: str, value: str, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"SSD: {what} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _check_images(images: Sequence[Tensor]) -> None:
-    if not isinstance(images, (list, tuple)) or not len(images):
-        raise TypeError(f"SSD: images must be a list of tensors [3, H, W], got {_what(images)}")
-    for i, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-            raise ValueError(f"SSD: images[{i}] must be a tensor [3, H, W], got {_what(image)}")
-        if not image.is_floating_point():
-            raise TypeError(f"SSD: images[{i}] must be floating, with values in [0, 1], got {image.dtype}")
-
-
-def _check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None, num_classes: int) -> None:
-    if not isinstance(targets, (list, tuple)) or len(targets) != len(images):
-        raise ValueError(f"SSD: in training targets must be a list of {len(images)} dicts, got {_what(targets)}")
-    for i, target in enumerate(targets):
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"SSD: boxes of targets[{i}] must be [n, 4], got {list(boxes.shape)}")
-        if not boxes.is_floating_point():
-            raise TypeError(f"SSD: boxes of targets[{i}] must be floating, got {boxes.dtype}")
-        if labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(f"SSD: labels of targets[{i}] must be [{len(boxes)}] int64, got {_what(labels)}")
-        bad = ~(boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))
-        if bad.any():
-            box = boxes[bad.nonzero()[0, 0]].tolist()
-            raise ValueError(f"SSD: boxes of targets[{i}] must be finite, with x1 < x2 and y1 < y2, got {box}")
-        if len(labels) and not (labels.min() > 0 and labels.max() < num_classes):
-            raise ValueError(f"SSD: labels of targets[{i}] must be 1 .. {num_classes - 1}, got {labels.tolist()}")
-
-
-def _what(x) -> str:
-    if isinstance(x, Tensor):
-        return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-    return f"{len(x)} of them" if isinstance(x, (list, tuple)) else type(x).__name__
 
 
 # --------------------------------------------------------------------------------------------------- weights of VGG-16

@@ -450,11 +450,19 @@ BOX = torch.tensor([[1.0, 2, 30, 40]])
     [
         (ValueError, lambda: SSD(boxes="kitti"), "boxes must be one of coco, voc, got 'kitti'"),
         (ValueError, lambda: SSD(matching="hungarian"), "matching must be one of best, bipartite"),
-        (TypeError, lambda: small()(torch.zeros(1, 3, 30, 30)), "images must be a list of .*got \\[1, 3, 30, 30\\]"),
-        (TypeError, lambda: small()([]), "images must be a list"),
-        (ValueError, lambda: small()([torch.zeros(1, 9, 9)]), r"images\[0\] must be a tensor \[3, H, W\], got \[1, 9"),
-        (ValueError, lambda: small()([torch.zeros(3, 0, 9)]), r"images\[0\] must be a tensor \[3, H, W\], got \[3, 0"),
-        (TypeError, lambda: small()([torch.zeros(3, 9, 9).byte()]), r"images\[0\] must be floating.* got torch.uint8"),
+        (
+            TypeError,
+            lambda: small()(torch.zeros(1, 3, 30, 30)),
+            r"images must be a list of .*got \[1, 3, 30, 30\]",
+        ),
+        (ValueError, lambda: small()([]), "images must hold at least one"),
+        (ValueError, lambda: small()([torch.zeros(1, 9, 9)]), r"images\[0\] must have shape \[3, H, W\], got \[1, 9"),
+        (ValueError, lambda: small()([torch.zeros(3, 0, 9)]), r"images\[0\] must have shape \[3, H, W\], got \[3, 0"),
+        (
+            TypeError,
+            lambda: small()([torch.zeros(3, 9, 9).byte()]),
+            r"images\[0\] must be of a floating .* torch.uint8",
+        ),
     ],
 )
 def test_bad_call(error, call, message):
@@ -465,15 +473,16 @@ def test_bad_call(error, call, message):
 @pytest.mark.parametrize(
     ("error", "change", "message"),
     [
-        (ValueError, {"boxes": torch.zeros(1, 5)}, r"boxes of targets\[0\] must be \[n, 4\], got \[1, 5\]"),
-        (TypeError, {"boxes": torch.tensor([[1, 2, 3, 4]])}, "boxes .*must be floating, got torch.int64"),
-        (ValueError, {"boxes": torch.tensor([[5.0, 5, 5, 9]])}, r"x1 < x2 .*got \[5.0, 5.0, 5.0, 9.0\]"),
+        (ValueError, {"boxes": torch.zeros(1, 5)}, r"boxes of targets\[0\] must have shape \[n, 4\], got \[1, 5\]"),
+        (TypeError, {"boxes": torch.tensor([[1, 2, 3, 4]])}, "boxes .*must be of a floating dtype, got torch.int64"),
+        (ValueError, {"boxes": torch.tensor([[5.0, 5, 5, 9]])}, r"x1 < x2, .*box 0 is \[5.0, 5.0, 5.0, 9.0\]"),
         (ValueError, {"boxes": torch.tensor([[0.0, 0, float("inf"), 9]])}, "must be finite"),
         (ValueError, {"boxes": torch.tensor([[0.0, 0, float("nan"), 9]])}, "must be finite"),
-        (ValueError, {"labels": torch.tensor([0])}, r"labels of targets\[0\] must be 1 .. 3, got \[0\]"),
-        (ValueError, {"labels": torch.tensor([4])}, r"must be 1 .. 3, got \[4\]"),
-        (ValueError, {"labels": torch.tensor([1, 2])}, r"labels .* must be \[1\] int64, got \[2\] int64"),
-        (ValueError, {"labels": torch.tensor([1.0])}, r"must be \[1\] int64, got \[1\] float32"),
+        (ValueError, {"labels": torch.tensor([0])}, r"labels of targets\[0\] must be from 1 to 3, got 0"),
+        (ValueError, {"labels": torch.tensor([4])}, "must be from 1 to 3, got 4"),
+        (ValueError, {"labels": torch.tensor([1, 2])}, r"labels of targets\[0\] must be 1, got \[2\]"),
+        (TypeError, {"labels": torch.tensor([1.0])}, "must be int64, got torch.float32"),
+        (TypeError, {"labels": None}, r"targets\[0\] must have a tensor 'labels'"),
     ],
 )
 def test_bad_target(error, change, message):
@@ -483,7 +492,7 @@ def test_bad_target(error, change, message):
 
 def test_targets_are_missing():
     images = [torch.rand(3, 50, 50)]
-    with pytest.raises(ValueError, match="targets must be a list of 1 dicts, got NoneType"):
+    with pytest.raises(ValueError, match="targets must be given in training"):
         small()(images)
-    with pytest.raises(ValueError, match="targets must be a list of 1 dicts, got 2 of them"):
+    with pytest.raises(ValueError, match="targets must be one for each of the 1 images, got 2"):
         small()(images, make_targets())
