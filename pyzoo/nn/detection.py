@@ -87,7 +87,7 @@ class InputTransform:
         max_size: what the longer side must not exceed.
         mean, std: of each channel; they become 0 and 1.
         bgr: turn the channels around, after that.
-        divisor: the batch is padded to multiples of this.
+        divisor: the batch is padded to multiples of this, and to 32 at least.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class InputTransform:
             resized.append(image)
             scales.append(scale)
         sizes = [tuple(image.shape[1:]) for image in resized]
-        height, width = (-(-max(side) // self.divisor) * self.divisor for side in zip(*sizes, strict=True))
+        height, width = (-(-max(32, *side) // self.divisor) * self.divisor for side in zip(*sizes, strict=True))
         first = resized[0]
         out = first.new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
         mean, std = (first.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
