@@ -21,10 +21,10 @@ def peer(kind: str, depth: int = 18, dtype=torch.float64, **options):
     with torch.no_grad():
         for norm in norms:
             norm.momentum = None
-        model.backbone(torch.randn(1, 3, 96, 128, dtype=dtype))
-        for norm in norms:
             norm.weight.uniform_(0.5, 1.5)
             norm.bias.uniform_(-0.2, 0.2)
+        model.backbone(torch.randn(1, 3, 160, 256, dtype=dtype))
+        for norm in norms:
             norm.eval().requires_grad_(False)
         for head in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, model.roi_heads.box_predictor.cls_score):
             head.weight *= 5
@@ -78,7 +78,7 @@ def assert_same_training(ours, theirs, images, targets):
         sum(losses[-1].values()).backward()
     assert losses[0].keys() == losses[1].keys()
     for key, expected in losses[1].items():
-        torch.testing.assert_close(losses[0][key], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(losses[0][key], expected.double(), rtol=1e-6, atol=0)
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         grad = expected[name].grad
