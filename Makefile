@@ -10,7 +10,7 @@ CPP := $(shell find csrc -type f)
 .PHONY: help demo test bench lint format asan gpu clean
 
 help:
-	@echo 'make demo     photographs through pyzoo and torchvision, side by side: out/demo, out/bench'
+	@echo 'make demo     photographs through pyzoo and torchvision, side by side; trains a Mask R-CNN: out/demo, out/bench'
 	@echo 'make test     the test suite'
 	@echo 'make bench    every benchmark: out/bench'
 	@echo 'make lint     what CI checks: ruff, clang-format; make format fixes it'
@@ -22,6 +22,7 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python demo/photographs.py
 	$(BIN)/pyzoo bench --quick
+	$(BIN)/pyzoo reproduce mask_rcnn -o out/demo
 	@echo 'Now look at out/demo/*.png and out/bench/index.html'
 
 test: $(INSTALLED)
