@@ -552,5 +552,12 @@ TINY_FPN = {
 }
 TINY_VGG = {"width": 4, "hidden": 16, "scales": (1, 2, 4), "num_classes": 5, "input": {"min_size": 64, "max_size": 128}}
 
-register_model("fasterrcnn_resnet50_fpn", fasterrcnn_fpn, parameters=41_755_286, tiny=TINY_FPN, size=(64, 96), **ABOUT)
+# depth of the ResNet: parameters
+FPN_NETS = {50: 41_755_286, 101: 60_695_190}
+
+for _depth, _parameters in FPN_NETS.items():
+    _build = partial(fasterrcnn_fpn, depth=_depth)
+    _about = {"parameters": _parameters, "tiny": TINY_FPN, "size": (64, 96), **ABOUT}
+    register_model(f"fasterrcnn_resnet{_depth}_fpn", _build, **_about)
+
 register_model("fasterrcnn_vgg16", fasterrcnn_vgg16, parameters=137_078_239, tiny=TINY_VGG, size=(64, 96), **ABOUT)

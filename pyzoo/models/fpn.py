@@ -5,7 +5,8 @@ The maps of a backbone are fine but know little, or know much but are coarse. Ea
 plus the level above it, upsampled: fine maps that know what the coarse ones do. All levels have as many channels, so
 that one head serves all. Detectors on it: ``pyzoo.models.faster_rcnn`` and ``pyzoo.models.mask_rcnn``.
 
-No departures; which level a box belongs to (equation 1) is torchvision's in its last bits, 1e-6 added to the level.
+Departures from the paper: boxes are pooled by RoIAlign, not RoIPool; ``pool`` of the heads takes any other. Which level
+a box belongs to (equation 1) is torchvision's to the last bit, 1e-6 added to the level.
 """
 
 from __future__ import annotations

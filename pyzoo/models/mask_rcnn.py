@@ -15,6 +15,7 @@ Options for the paper's comparisons: ``competing=True``, a softmax over the clas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -82,18 +83,26 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, size: int) -> Te
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], how: str = "resize") -> Tensor:
     """Masks [n, 1, M, M] of boxes [n, 4] in an image of ``size`` (height, width): [n, 1, height, width].
 
-    The image is a box in the coordinates of the mask, one sample a pixel; around the mask is a ring of zeros.
+    Bilinear sampling is separable: a product with what the rows of the image take of those of the mask, and one with
+    the same for columns. Around the mask is a ring of zeros, which all that is outside takes.
     """
     m = masks.shape[-1] + 2
-    masks = F.pad(masks, (1, 1, 1, 1))
+    masks = F.pad(masks[:, 0], (1, 1, 1, 1))
     centre, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (m / (m - 2))
-    corner, end = centre - half, centre + half
+    start, end = centre - half, centre + half
     if how == "resize":  # whole pixels, both ends in the box
-        corner, end = corner.trunc(), end.trunc() + 1
-    scale = m / (end - corner).clamp(min=1 if how == "resize" else 1e-6)
-    start, stop = -corner * scale, (corner.new_tensor((size[1], size[0])) - corner) * scale
-    index = torch.arange(len(boxes), device=boxes.device)[:, None].to(boxes)
-    return roi_align(masks, torch.cat((index, start, stop), 1), size, sampling_ratio=1, aligned=True)
+        start, end = start.trunc(), end.trunc() + 1
+    scale = m / (end - start).clamp(min=1 if how == "resize" else 1e-6)
+    columns, rows = (
+        taken((torch.arange(n, device=boxes.device) + 0.5 - start[:, i, None]) * scale[:, i, None] - 0.5, m).to(masks)
+        for i, n in enumerate((size[1], size[0]))
+    )
+    return (rows @ masks @ columns.mT)[:, None]
+
+
+def taken(at: Tensor, count: int) -> Tensor:
+    """How much each of ``count`` pixels weighs in a sample at [...]: [..., count]."""
+    return (1 - (at.clamp(0, count - 1)[..., None] - torch.arange(count, device=at.device)).abs()).clamp(min=0)
 
 
 class MaskRoIHeads(RoIHeads):
@@ -228,13 +237,17 @@ def maskrcnn_fpn(
 
 # ------------------------------------------------------------------------------------------------------------- registry
 
-register_model(
-    "maskrcnn_resnet50_fpn",
-    maskrcnn_fpn,
-    parameters=44_401_393,
-    paper="Mask R-CNN, He et al., arXiv 1703.06870",
-    task="detection",
-    input="a list of [3, H, W] float, RGB in [0, 1], of any sizes; the model resizes and normalises",
-    tiny={**TINY_FPN, "mask_channels": 8, "mask_layers": 2},
-    size=(64, 96),
-)
+# depth of the ResNet: parameters
+FPN_NETS = {50: 44_401_393, 101: 63_341_297}
+
+for _depth, _parameters in FPN_NETS.items():
+    register_model(
+        f"maskrcnn_resnet{_depth}_fpn",
+        partial(maskrcnn_fpn, depth=_depth),
+        parameters=_parameters,
+        paper="Mask R-CNN, He et al., arXiv 1703.06870",
+        task="detection",
+        input="a list of [3, H, W] float, RGB in [0, 1], of any sizes; the model resizes and normalises",
+        tiny={**TINY_FPN, "mask_channels": 8, "mask_layers": 2},
+        size=(64, 96),
+    )

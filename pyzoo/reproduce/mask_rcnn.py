@@ -17,20 +17,20 @@ from pyzoo.models.faster_rcnn import pool_map
 from pyzoo.reproduce import Report
 from pyzoo.reproduce._detection import LastMap, Trunk, detect, detector, train
 
-STRIDE = 8
-STEPS = 300
+STRIDE = 4
+STEPS = 400
 
 
 def reproduce(report: Report) -> None:
     options = {"size": (96, 96), "objects": (1, 4), "scale": (16, 40)}
-    scenes = digit_scenes(400, seed=report.seed, **options)[:]
+    scenes = digit_scenes(800, seed=report.seed, **options)[:]
     test = digit_scenes(80, seed=report.seed, split="test", **options)[:]
     targets = [target for _, target in test]
     figures, found = {}, {}
     for name, pool in {"RoIAlign": None, "RoIPool": partial(pool_map, stride=STRIDE)}.items():
         torch.manual_seed(report.seed)
-        backbone = LastMap(Trunk((16, 32, 64)), 64, 64)
-        model = detector(backbone, 64, (STRIDE,), ((16, 24, 36),), size=96, masks=True, pool=pool)
+        backbone = LastMap(Trunk((24, 48)), 48, 48)
+        model = detector(backbone, 48, (STRIDE,), ((16, 24, 36),), size=96, masks=True, pool=pool)
         train(model, scenes, STEPS, report.seed)
         found[name] = detect(model, test)
         figures[name] = coco_map(found[name], targets, "segm")
@@ -40,19 +40,19 @@ def reproduce(report: Report) -> None:
         "masks of digits it has not seen: AP at IoU 0.5",
         "52.3 on COCO (ResNet-50-FPN: 55.2)",
         f"{align['AP50']:.3f}",
-        align["AP50"] > 0.5,
+        align["AP50"] > 0.6,
     )
     report.check(
         "RoIAlign against RoIPool: mask AP at IoU 0.75",
         "31.5 against 26.4",
         f"{align['AP75']:.3f} against {pool['AP75']:.3f}",
-        align["AP75"] > pool["AP75"] + 0.05,
+        align["AP75"] > pool["AP75"] + 0.1,
     )
     report.check(
         "the same, mean over IoU 0.5 to 0.95",
         "30.3 against 26.9",
         f"{align['AP']:.3f} against {pool['AP']:.3f}",
-        align["AP"] > pool["AP"],
+        align["AP"] > pool["AP"] + 0.05,
     )
     report.save(picture(test[:8], found["RoIAlign"][:8]))
 

@@ -52,6 +52,14 @@ def test_equal_to_torchvision():
     detectors.assert_same_training(model, theirs, images, targets)
 
 
+def test_equal_to_torchvision_in_float32():
+    """ResNet-50, 200 detections in two images."""
+    theirs = detectors.peer("MaskRCNN", 50, torch.float32, contrast=2, box_score_thresh=0)
+    model = ours(num_classes=21, input=detectors.SIZES, heads={"score_threshold": 0})
+    model.load_state_dict(theirs.state_dict())
+    assert detectors.same_detections(model, theirs, detectors.scenes(torch.float32)[0]) >= 196
+
+
 def test_older_names():
     model, other = ours(**TINY), ours(**TINY)
     state = {}
