@@ -134,9 +134,9 @@ def default_boxes(layout: Layout, boxes: str = "coco", clamp_sizes: bool = True,
 class Backbone(nn.Module):
     """[N, 3, S, S] -> the maps, Figure 2: conv4_3 with its channels scaled to one length, conv7, and the extras."""
 
-    def __init__(self, layout: Layout, width: int = 64, batch_norm: bool = False):
+    def __init__(self, layout: Layout, width: int = 64, batch_norm: bool = False, config: str = "D"):
         super().__init__()
-        layers = vgg.make_features("D", batch_norm=batch_norm, width=width)
+        layers = vgg.make_features(config, batch_norm=batch_norm, width=width)
         index = vgg.layer_index(layers)
         layers[index["pool3"]].ceil_mode = True  # 75 -> 38
         self.scale_weight = nn.Parameter(torch.full((8 * width,), 20.0))
@@ -268,7 +268,7 @@ class SSD(nn.Module):
         layout: :data:`SSD300`, :data:`SSD512` or one's own.
         boxes: which sizes of the layout: "coco" or "voc".
         clamp_sizes, whole_sizes: as of :func:`default_boxes`.
-        width: channels of VGG's first block.
+        config, width: VGG's configuration, and the channels of its first block.
         batch_norm: after each convolution but the predictors'; it is then easy to train from scratch.
         matching: "best" or "bipartite".
         iou_thresh: overlap that makes a default box positive.
@@ -286,6 +286,7 @@ class SSD(nn.Module):
         boxes: str = "coco",
         clamp_sizes: bool = True,
         whole_sizes: bool = False,
+        config: str = "D",
         width: int = 64,
         batch_norm: bool = False,
         matching: str = "best",
@@ -299,11 +300,15 @@ class SSD(nn.Module):
         image_std: tuple[float, float, float] = (1 / 255, 1 / 255, 1 / 255),
     ):
         super().__init__()
-        for what, value, allowed in (("boxes", boxes, layout.sizes), ("matching", matching, MATCHING)):
+        for what, value, allowed in (
+            ("boxes", boxes, layout.sizes),
+            ("matching", matching, MATCHING),
+            ("config", config, vgg.TABLE_1),
+        ):
             if value not in allowed:
                 raise ValueError(f"SSD: {what} must be one of {', '.join(allowed)}, got {value!r}")
         per_cell = [len(shapes) for shapes in box_shapes(layout, boxes)]
-        self.backbone = Backbone(layout, width, batch_norm)
+        self.backbone = Backbone(layout, width, batch_norm, config)
         self.head = nn.ModuleDict(
             {
                 "classification_head": Predictors(self.backbone.out_channels, per_cell, num_classes),

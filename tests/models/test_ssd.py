@@ -340,8 +340,12 @@ def test_candidates(count):
 # ------------------------------------------------------------------------------------------------------ the whole model
 
 
-def test_matching_options_train():
-    for options in ({"matching": "bipartite"}, {"boxes": "voc", "clamp_sizes": False}, {"batch_norm": True}):
+def test_options_train():
+    for options in (
+        {"matching": "bipartite"},
+        {"boxes": "voc", "clamp_sizes": False},
+        {"batch_norm": True, "config": "A"},
+    ):
         model = small(**options)
         losses = model(make_images(), make_targets())
         assert losses.keys() == {"bbox_regression", "classification"}
@@ -449,6 +453,7 @@ BOX = torch.tensor([[1.0, 2, 30, 40]])
     ("error", "call", "message"),
     [
         (ValueError, lambda: SSD(boxes="kitti"), "boxes must be one of coco, voc, got 'kitti'"),
+        (ValueError, lambda: SSD(config="F"), "config must be one of A, B, C, D, E, got 'F'"),
         (ValueError, lambda: SSD(matching="hungarian"), "matching must be one of best, bipartite"),
         (
             TypeError,
