@@ -47,8 +47,8 @@ def sliding_pyramid_pool2d(maps: Tensor, levels: Sequence[int]) -> Tensor:
 
 def pool_regions(maps: Tensor, regions: Tensor | Sequence[Tensor], levels: Sequence[int] = PYRAMID_50) -> Tensor:
     """The pyramid over regions of maps, [K, C * bins]: what ``spatial_pyramid_pool2d`` makes of each, in one pass for
-    each level. With a single level this is the RoI pooling of Fast R-CNN, which rounds: bins of 7 x 7 and finer may
-    have a row too many in regions of 57 cells and more; those of 1 to 6, 8, 9, 10 and 12 are exact.
+    each level. With a single level this is the RoI pooling of Fast R-CNN. That computes in floating point, so that of
+    some sizes a bin of a 7 x 7, an 11 x 11 or a grid of 13 and more has a row too many; other grids are exact.
 
     Args:
         maps: [N, C, H, W].

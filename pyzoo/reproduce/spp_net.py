@@ -68,7 +68,7 @@ def reproduce(report) -> None:
     axes.axvline(24, color="gray", linewidth=0.5)
     axes.set(xlabel="side of the test images (trained at 24)", ylabel="test error, %", ylim=(0, None))
     axes.set_title("SPP-net: one set of weights on images of all sizes")
-    axes.legend()
+    axes.legend(loc="upper center")
     report.save(axes.figure)
 
 

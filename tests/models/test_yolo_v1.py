@@ -15,6 +15,7 @@ import pyzoo
 from pyzoo.models import model_entry
 from pyzoo.models.darknet import load_weights, save_weights
 from pyzoo.models.yolo_v1 import NETWORKS, LocallyConnected2d, YOLOv1, combine, decode, encode, pretraining_net
+from pyzoo.reproduce.yolo_v1 import error_types
 from tests.models.detection import check_refuses_bad_input
 
 NAMES = list(NETWORKS)
@@ -490,3 +491,14 @@ def test_images_of_all_sizes():
     loss.backward()
     assert loss.isfinite()
     assert len(model.eval()(images)) == 2
+
+
+def test_error_types():
+    """Each kind once, the fifth detection too many, and an image without objects."""
+    truth = [target((0, 0, 10, 10, 1), (20, 20, 30, 30, 1), (40, 0, 50, 10, 2)), target(), target((0, 0, 10, 10, 2))]
+    found = [
+        {**target((0, 0, 10, 8, 1), (20, 20, 30, 24, 1), (0, 0, 9, 9, 2)), "scores": torch.tensor([0.9, 0.8, 0.7])},
+        {**target((0, 0, 5, 5, 2)), "scores": torch.tensor([0.6])},
+        {**target((0, 0, 10, 10, 2)), "scores": torch.tensor([0.5])},
+    ]
+    assert error_types(found, truth) == {"correct": 0.25, "localisation": 0.25, "class": 0.25, "background": 0.25}
