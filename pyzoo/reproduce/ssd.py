@@ -30,6 +30,7 @@ LAYOUT = Layout(
 NAMES = ("conv4_3, stride 8", "conv7, stride 16", "conv8_2, stride 32")
 SIZES = {"below 20": (0, 20), "20 to 28": (20, 28), "above 28": (28, 99)}  # pixels, the longer side of the box
 STEPS = 320
+SURE = 0.3  # the score above which a detection counts as one
 
 
 def reproduce(report: Report) -> None:
@@ -100,7 +101,7 @@ def recalls(model: SSD, images: list[Tensor], targets: list[dict]) -> Tensor:
         alone[:, here] = logits[:, here]
         hits, longer = [], []
         for found, target in zip(model.detect(offsets, alone), targets, strict=True):
-            sure = found["scores"] > 0.3
+            sure = found["scores"] > SURE
             hits.append((box_iou(found["boxes"][sure], target["boxes"]) >= 0.5).any(0))
             longer.append((target["boxes"][:, 2:] - target["boxes"][:, :2]).amax(1))
         hits, longer = torch.cat(hits).float(), torch.cat(longer)
@@ -118,7 +119,7 @@ def picture(images: list[Tensor], found: list[dict], recall: Tensor):
         axes = figure.add_subplot(grid[i // 3, i % 3])
         axes.imshow(images[i].permute(1, 2, 0), interpolation="nearest")
         axes.set_axis_off()
-        sure = found[i]["scores"] > 0.5
+        sure = found[i]["scores"] > SURE
         for x1, y1, x2, y2 in found[i]["boxes"][sure].tolist():
             axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="yellow", linewidth=1.5)
     axes = figure.add_subplot(grid[:, 3:])
