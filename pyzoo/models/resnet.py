@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
-from pyzoo.nn.batch_norm import conv_bn
+from pyzoo.nn.conv import conv_bn
 
 # ------------------------------------------------------------------------------------------------------------ shortcuts
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pyzoo.models import vgg
 from pyzoo.models._registry import register_model
 from pyzoo.nn.boxes import BoxCoder, box_iou, clip_boxes, match
-from pyzoo.nn.conv import packed_conv
+from pyzoo.nn.conv import conv_bn
 from pyzoo.nn.detection import check_images, check_targets
 from pyzoo.ops import batched_nms
 
@@ -184,7 +184,7 @@ class Predictors(nn.Module):
         _xavier(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        out = [packed_conv(x, conv).permute(0, 2, 3, 1) for conv, x in zip(self.module_list, maps, strict=True)]
+        out = [conv_bn(x, conv).permute(0, 2, 3, 1) for conv, x in zip(self.module_list, maps, strict=True)]
         return torch.cat([x.flatten(1).unflatten(1, (-1, self.columns)) for x in out], 1)
 
 

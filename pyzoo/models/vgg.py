@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
-from pyzoo.nn.conv import packed_conv
+from pyzoo.nn.conv import conv_bn
 
 # Table 1. Channels of the convolutions of each block, in multiples of the first block's; negative: a 1x1 convolution.
 TABLE_1 = {
@@ -81,7 +81,7 @@ def run(layers: Iterable[nn.Module], x: Tensor, taps: dict[int, Tensor] | None =
         if isinstance(layer, nn.Conv2d):
             if i + 1 < len(layers) and isinstance(layers[i + 1], nn.BatchNorm2d) and i not in taps:
                 i, bn = i + 1, layers[i + 1]
-            x = packed_conv(x, layer, bn)
+            x = conv_bn(x, layer, bn)
         else:
             x = run(layer, x) if isinstance(layer, nn.Sequential) else layer(x)
         if i in taps:  # an in-place ReLU may be next

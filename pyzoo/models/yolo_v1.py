@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
-from pyzoo.nn.batch_norm import conv_bn
 from pyzoo.nn.boxes import box_area, box_iou, clip_boxes, is_large, paired_iou, to_centres, to_corners
-from pyzoo.nn.detector_input import check_images, check_targets
+from pyzoo.nn.conv import conv_bn
+from pyzoo.nn.detection import check_images, check_targets
 from pyzoo.ops import batched_nms
 
 # ------------------------------------------------------------------------------------------------- networks, Figure 3
@@ -63,7 +63,7 @@ class ConvLayer(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, momentum=0.01) if batch_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x) if self.bn is None else conv_bn(x, self.conv, self.bn)
+        x = conv_bn(x, self.conv, self.bn)
         return F.leaky_relu(x, 0.1, inplace=True)
 
 

@@ -1,7 +1,7 @@
 """Modules around the operators of :mod:`pyzoo.ops`, with the arguments of what they replace."""
 
-from pyzoo.nn.batch_norm import FrozenBatchNorm2d, conv_bn
-from pyzoo.nn.conv import packed_conv
+from pyzoo.nn.batch_norm import FrozenBatchNorm2d
+from pyzoo.nn.conv import conv_bn
 from pyzoo.nn.reversible import ReversibleBlock, ReversibleSequential
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
 from pyzoo.ops.gram_matrix import GramLoss, GramMatrix
@@ -23,5 +23,4 @@ __all__ = [
     "RoIPool",
     "SpatialPyramidPool2d",
     "conv_bn",
-    "packed_conv",
 ]

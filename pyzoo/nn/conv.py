@@ -1,4 +1,5 @@
-"""Convolutions in inference on the CPU: their weights are put in order once, not in every call."""
+"""A convolution and its batch norm in one pass, where the statistics are fixed; weights put in order once, not in every
+call, where nothing learns."""
 
 from __future__ import annotations
 
@@ -8,63 +9,82 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn.batch_norm import _fold, _has_hooks, _is_fixed, conv_bn
+from pyzoo.nn.batch_norm import FrozenBatchNorm2d
+from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
 
-# Weight and bias of the convolutions that inference ran, as the library of convolutions wants them, and the version of
-# what they were made from.
-_PACKED: WeakKeyDictionary[nn.Conv2d, tuple] = WeakKeyDictionary()
+FOLDS = (nn.Conv2d, DepthwiseConv2d)
 
-
-def packed_conv(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None = None) -> Tensor:
-    """``bn(conv(x))`` or ``conv(x)``. Where nothing learns and ``x`` is float32, on the CPU and channels last, the
-    convolution has the batch norm in its weights and these are kept in the library's own order; results agree to
-    rounding. Else it is :func:`conv_bn`."""
-    if not torch.compiler.is_compiling() and _can_pack(x, conv, bn):
-        modules = (conv,) if bn is None else (conv, bn)
-        made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *made_from))
-        if not learns and all(map(_is_plain, made_from)):
-            # Without its fused ReLU, which makes NaN zero.
-            weight, bias = _packed(conv, bn, made_from, x.shape)
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *_geometry(conv), "none", [], "")
-    return conv(x) if bn is None else conv_bn(x, conv, bn)
+# Weight and bias of the convolutions that inference ran, and the version of what they were made from.
+_KEPT: WeakKeyDictionary[nn.Conv2d, tuple] = WeakKeyDictionary()
 
 
-def _can_pack(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
-    return (
-        # What counts, fakes or transforms operators is to see those of PyTorch.
-        torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and _is_plain(x)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
-        and type(conv) is nn.Conv2d
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and (bn is None or (_is_fixed(bn) and not _has_hooks(bn)))
-        and not _has_hooks(conv)
-    )
+def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None = None) -> Tensor:
+    """``bn(conv(x))``, or ``conv(x)``.
+
+    Where the statistics are fixed, the weights of the convolution take the scale and its bias the shift, which saves a
+    pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
+    from call to call, on the CPU for float32 and channels_last in the order that the library of convolutions wants.
+    Results agree to rounding. Modules with hooks and other kinds of modules are called as usual.
+    """
+    plain = type(x) is Tensor and type(conv) in FOLDS and not _has_hooks(conv)
+    if not plain or not (bn is None or (_is_fixed(bn) and not _has_hooks(bn))):
+        return conv(x) if bn is None else bn(conv(x))
+    modules = (conv,) if bn is None else (conv, bn)
+    made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
+    if learns or torch.compiler.is_compiling() or any(t.is_inference() for t in made_from):
+        return conv(x) if bn is None else conv._conv_forward(x, *_fold(conv, bn))
+    packs = _can_pack(x, conv, made_from)
+    version = [packs, *((t.data_ptr(), t._version, t.dtype) for t in made_from)]
+    kept = _KEPT.get(conv)
+    if kept is None or kept[0] != version:
+        with torch.no_grad():
+            weight, bias = (conv.weight, conv.bias) if bn is None else _fold(conv, bn)
+            if packs:
+                weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), x.shape)
+        kept = _KEPT[conv] = version, weight, bias
+    if packs:  # without the fused ReLU, which makes NaN zero
+        return torch.ops.mkldnn._convolution_pointwise(x, *kept[1:], *_geometry(conv), "none", [], "")
+    return conv._conv_forward(x, *kept[1:])
+
+
+def _is_fixed(bn: nn.Module) -> bool:
+    if type(bn) is nn.BatchNorm2d:
+        return not bn.training and bn.track_running_stats and bn.affine
+    return type(bn) is FrozenBatchNorm2d
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _fold(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    shift = bn.bias - bn.running_mean * scale
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
+    return conv.weight * scale[:, None, None, None], shift
 
 
 def _geometry(conv: nn.Conv2d) -> tuple:
     return conv.padding, conv.stride, conv.dilation, conv.groups
 
 
-def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype in (torch.float32, torch.int64)
-
-
-def _packed(conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tensor], shape: torch.Size) -> tuple:
-    """Weight and bias for inputs of about this shape, kept from call to call while nothing changes."""
-    kept = _PACKED.get(conv)
-    version = None if any(t.is_inference() for t in made_from) else [(t.data_ptr(), t._version) for t in made_from]
-    if kept is None or version is None or kept[0] != version:
-        with torch.no_grad():
-            weight, bias = (conv.weight, conv.bias) if bn is None else _fold(conv, bn)
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), shape)
-        kept = _PACKED[conv] = version, weight, bias
-    return kept[1:]
+def _can_pack(x: Tensor, conv: nn.Conv2d, made_from: list[Tensor]) -> bool:
+    return (
+        # What counts, fakes or transforms operators is to see those of PyTorch.
+        torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and type(conv) is nn.Conv2d
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64) for t in (x, *made_from))
+        and all(type(t) in (Tensor, nn.Parameter) for t in made_from)
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )

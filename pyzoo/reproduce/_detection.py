@@ -21,8 +21,8 @@ from pyzoo.models.faster_rcnn import (
 )
 from pyzoo.models.fpn import FPN
 from pyzoo.models.mask_rcnn import MaskHead, MaskPredictor, MaskRCNN, MaskRoIHeads
-from pyzoo.nn.batch_norm import conv_bn
 from pyzoo.nn.boxes import box_iou
+from pyzoo.nn.conv import conv_bn
 from pyzoo.train import fit
 
 CLASSES = 11  # ten digits and background

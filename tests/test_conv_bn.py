@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import packed_conv
+from pyzoo.nn import conv_bn
 
 
 def make(channels=6, out=8, size=3, batch_norm=True, seed=0, **options):
@@ -25,7 +25,7 @@ def make(channels=6, out=8, size=3, batch_norm=True, seed=0, **options):
 
 
 def fused(modules, x):
-    return packed_conv(x, *modules)
+    return conv_bn(x, *modules)
 
 
 def plain(modules, x):
