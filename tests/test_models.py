@@ -104,6 +104,68 @@ def test_state_dict(name):
         torch.testing.assert_close(other.eval()(inputs), model.eval()(inputs), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if model_entry(name).task == "detection"])
+def test_detectors_refuse_bad_input(name):
+    """A message begins with the name of the model and says what was wrong, and where."""
+    _, model = make_tiny(name)
+    name, num_classes = type(model).__name__, model.num_classes
+    image = torch.rand(3, 40, 60)
+    good = {
+        "boxes": torch.tensor([[1.0, 2, 30, 20]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.zeros(1, 40, 60, dtype=torch.uint8),
+    }
+    nan = float("nan")
+    images = [
+        ((i for i in [image]), TypeError, "images must be a list"),
+        ([], ValueError, "images must hold at least one image"),
+        ([image, None], TypeError, "images must be a list of tensors"),
+        ([image[0]], ValueError, r"images\[0\] must have shape \[3, H, W\].*\[40, 60\]"),
+        ([image[:1]], ValueError, r"images\[0\] must have shape \[3, H, W\].*\[1, 40, 60\]"),
+        ([image[:, :0]], ValueError, r"images\[0\] must have shape \[3, H, W\].*\[3, 0, 60\]"),
+        ([(image * 255).byte()], TypeError, r"images\[0\] must be of a floating dtype.*uint8"),
+    ]
+    targets = [
+        (None, ValueError, "targets must be given in training"),
+        ([], ValueError, "targets must be one for each of the 1 images, got 0"),
+        ([good, good], ValueError, "targets must be one for each of the 1 images, got 2"),
+        ([None], TypeError, r"targets\[0\] must have a tensor 'boxes'"),
+        ([{"boxes": good["boxes"]}], TypeError, r"targets\[0\] must have a tensor 'labels'"),
+    ]
+    for key, value, error, message in [
+        ("boxes", [[1.0, 2, 30, 20]], TypeError, "must have a tensor 'boxes'"),
+        ("boxes", torch.zeros(1, 5), ValueError, r"boxes .*must have shape \[n, 4\].*\[1, 5\]"),
+        ("boxes", torch.zeros(4), ValueError, r"boxes .*must have shape \[n, 4\].*\[4\]"),
+        ("boxes", torch.tensor([[1, 2, 30, 20]]), TypeError, "boxes .*must be of a floating dtype.*int64"),
+        (
+            "boxes",
+            torch.tensor([[1.0, 2, 1, 20]]),
+            ValueError,
+            r"boxes .*must be finite, with x1 < x2, y1 < y2; box 0 .*1\.0, 20\.0",
+        ),
+        ("boxes", torch.tensor([[1.0, 2, 30, -20]]), ValueError, r"boxes .*must be finite, .*-20\.0"),
+        ("boxes", torch.tensor([[1.0, 2, nan, 20]]), ValueError, r"boxes .*must be finite"),
+        ("boxes", torch.tensor([[1.0, 2, float("inf"), 20]]), ValueError, r"boxes .*must be finite"),
+        ("labels", torch.tensor([1, 1]), ValueError, r"labels .*must be 1, got \[2\]"),
+        ("labels", torch.tensor([1.0]), TypeError, "labels .*must be int64.*float32"),
+        ("labels", torch.tensor([0]), ValueError, rf"labels .*must be from 1 to {num_classes - 1}, got 0"),
+        ("labels", torch.tensor([num_classes]), ValueError, rf"labels .*must be from 1 to .*to {num_classes}"),
+        ("masks", torch.zeros(1, 39, 60), ValueError, r"masks .*must have shape \[1, 40, 60\].*\[1, 39, 60\]"),
+        ("masks", torch.zeros(2, 40, 60), ValueError, r"masks .*must have shape \[1, 40, 60\].*\[2, 40, 60\]"),
+    ]:
+        targets.append(([{**good, key: value}], error, message))
+    model.train()
+    for bad, error, message in images:
+        with pytest.raises(error, match=rf"^{name}: .*{message}"):
+            model(bad, [good])
+    for bad, error, message in targets:
+        with pytest.raises(error, match=rf"^{name}: .*{message}"):
+            model([image], bad)
+    model.eval()
+    with pytest.raises(ValueError, match=rf"^{name}: images\[0\]"):
+        model([image[:1]])
+
+
 def test_unknown_model():
     with pytest.raises(ValueError, match="no model 'resnet5'; did you mean resnet50"):
         pyzoo.create_model("resnet5")

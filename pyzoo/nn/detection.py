@@ -62,7 +62,7 @@ def check_targets(
         if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) < num_classes:
             found = f"{int(labels.min())} to {int(labels.max())}"
             raise ValueError(f"{model}: labels of targets[{i}] must be from 1 to {num_classes - 1}, got {found}")
-        if masks and target["masks"].shape != (len(boxes), *image.shape[1:]):
+        if "masks" in target and target["masks"].shape != (len(boxes), *image.shape[1:]):
             want, got = [len(boxes), *image.shape[1:]], list(target["masks"].shape)
             raise ValueError(f"{model}: masks of targets[{i}] must have shape {want}, got {got}")
 
