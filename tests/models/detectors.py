@@ -68,18 +68,26 @@ def assert_same_detections(ours, theirs, images, **tolerance):
             torch.testing.assert_close(a[key], e[key], rtol=0, atol=tolerance.get(key, 0))
 
 
-def same_detections(ours, theirs, images) -> int:
-    """How many of theirs are among ours, in whatever order: rounding swaps equal scores and tips what overlaps just so
-    much."""
+def assert_near_in_float32(ours, theirs, images):
+    """Rounding swaps scores that are nearly equal and is amplified by random weights: nearly all detections are the
+    same, and at the tolerance of a trained model no fewer than torchvision's that are those of float64."""
     with torch.no_grad():
         actual, expected = ours.eval()(images), theirs.eval()(images)
+        exact = theirs.double()([image.double() for image in images])
+    assert sum(len(found["boxes"]) for found in expected) == 200
+    assert count_same(actual, expected, 10) >= 196
+    assert count_same(actual, expected, 1) >= count_same(expected, exact, 1)
+
+
+def count_same(actual, expected, tolerance: float) -> int:
+    """How many detections that were expected are there, in whatever order."""
     count = 0
     for a, e in zip(actual, expected, strict=True):
-        same = ((a["boxes"] - e["boxes"][:, None]).abs() <= 1e-3).all(2)
-        same &= (a["scores"] - e["scores"][:, None]).abs() <= 1e-5
+        same = ((a["boxes"] - e["boxes"][:, None]).abs() <= 1e-3 * tolerance).all(2)
+        same &= (a["scores"] - e["scores"][:, None]).abs() <= 1e-5 * tolerance
         same &= a["labels"] == e["labels"][:, None]
         for i, j in same.nonzero().tolist() if "masks" in e else ():
-            same[i, j] &= bool((a["masks"][j] - e["masks"][i]).abs().max() <= 1e-4)
+            same[i, j] &= bool((a["masks"][j] - e["masks"][i]).abs().max() <= 1e-3 * tolerance)
         count += int(same.any(1).sum())
     return count
 

@@ -53,11 +53,11 @@ def test_equal_to_torchvision():
 
 
 def test_equal_to_torchvision_in_float32():
-    """ResNet-50, 200 detections in two images."""
-    theirs = detectors.peer("MaskRCNN", 50, torch.float32, contrast=2, box_score_thresh=0)
+    """ResNet-50."""
+    theirs = detectors.peer("MaskRCNN", 50, torch.float32, contrast=0.3, box_score_thresh=0)
     model = ours(num_classes=21, input=detectors.SIZES, heads={"score_threshold": 0})
     model.load_state_dict(theirs.state_dict())
-    assert detectors.same_detections(model, theirs, detectors.scenes(torch.float32)[0]) >= 196
+    detectors.assert_near_in_float32(model, theirs, detectors.scenes(torch.float32)[0])
 
 
 def test_older_names():
