@@ -91,7 +91,7 @@ def reproduce(report: Report) -> None:
 
 @torch.no_grad()
 def seconds(name: str) -> float:
-    """For an image of VOC's usual size, the least of three runs; weights are constant, which takes as long as others."""
+    """For an image of the size of VOC's, the least of three runs; the weights are constant, which changes no time."""
     image = torch.rand(3, 375, 500)
     with torch.device("meta"):  # as initial weights take longer to draw than all else
         model = create_model(name, num_classes=21)
