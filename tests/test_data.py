@@ -10,7 +10,7 @@ import PIL.Image as PIL
 import pytest
 import torch
 
-from pyzoo.data import CocoDetection, VocDetection, detection_collate, digit_scenes, digits, image_folder
+from pyzoo.data import CocoDetection, DigitScenes, VocDetection, detection_collate, digits, image_folder
 from pyzoo.metrics import coco_map
 
 # -------------------------------------------------------------------------------------------------------- digit scenes
@@ -38,7 +38,7 @@ def test_digits():
 
 def test_scenes_keep_the_contract():
     height, width = 80, 112
-    scenes = digit_scenes(60, (height, width), seed=1, objects=(0, 6), scale=(10, 50), max_overlap=0.5)
+    scenes = DigitScenes(60, (height, width), seed=1, objects=(0, 6), scale=(10, 50), max_overlap=0.5)
     counts, covered, labels = set(), 0, set()
     for index, (image, target) in enumerate(scenes):
         boxes, masks = target["boxes"], target["masks"]
@@ -67,30 +67,30 @@ def test_scenes_keep_the_contract():
 
 def test_scenes_show_the_digits():
     """Where the mask is, all channels are brighter than the ground, or all are darker."""
-    for image, target in digit_scenes(20, seed=2, objects=(1, 1)):
+    for image, target in DigitScenes(20, seed=2, objects=(1, 1)):
         mask = target["masks"][0].bool()
         difference = image[:, mask].mean(1) - image[:, ~mask].mean(1)
         assert (difference > 0.1).all() or (difference < -0.1).all()
 
 
 def test_scenes_without_overlap():
-    for _, target in digit_scenes(30, seed=3, objects=(4, 4), max_overlap=0):
+    for _, target in DigitScenes(30, seed=3, objects=(4, 4), max_overlap=0):
         boxes = target["boxes"]
         size = torch.minimum(boxes[:, None, 2:], boxes[:, 2:]) - torch.maximum(boxes[:, None, :2], boxes[:, :2])
         assert ((size > 0).all(2).sum(1) == 1).all()  # each with itself
 
 
 def test_scenes_depend_on_seed_and_index_only():
-    scenes = digit_scenes(9, seed=5)
+    scenes = DigitScenes(9, seed=5)
     forward = list(scenes)
-    backward = [digit_scenes(20, seed=5)[i] for i in reversed(range(9))][::-1]
+    backward = [DigitScenes(20, seed=5)[i] for i in reversed(range(9))][::-1]
     for a, b in zip(forward, backward, strict=True):
         assert_same(a, b)
     assert_same(scenes[-1], forward[8])
     assert len(scenes[2:4]) == 2
     with pytest.raises(IndexError, match="index 9 of 9"):
         scenes[9]
-    others = [forward[1], digit_scenes(9, seed=6)[0], digit_scenes(9, seed=5, split="test")[0]]
+    others = [forward[1], DigitScenes(9, seed=6)[0], DigitScenes(9, seed=5, split="test")[0]]
     assert all(not torch.equal(forward[0][0], other[0]) for other in others)
 
 
@@ -108,7 +108,7 @@ def test_scenes_depend_on_seed_and_index_only():
 )
 def test_scenes_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
-        digit_scenes(**{"count": 3, **change})
+        DigitScenes(**{"count": 3, **change})
     with pytest.raises(ValueError, match="split must be"):
         digits("val")
 

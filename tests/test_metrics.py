@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyzoo.data import digit_scenes
+from pyzoo.data import DigitScenes
 from pyzoo.metrics import NAMES, coco_map
 
 
@@ -30,7 +30,7 @@ def noisy(targets, seed=0):
 
 @pytest.fixture(scope="module")
 def targets():
-    return [target for _, target in digit_scenes(30, (140, 140), seed=0, scale=(16, 110))]
+    return [target for _, target in DigitScenes(30, (140, 140), seed=0, scale=(16, 110))]
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pyzoo.data import digit_scenes, digits
+from pyzoo.data import DigitScenes, digits
 from pyzoo.train import fit
 
 
@@ -201,7 +201,7 @@ class Detector(nn.Module):
 def test_detector():
     model = Detector()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    history = fit(model, digit_scenes(8, objects=(1, 3)), optimizer=optimizer, batch_size=4, steps=20)
+    history = fit(model, DigitScenes(8, objects=(1, 3)), optimizer=optimizer, batch_size=4, steps=20)
     assert set(history[0]) == {"step", "loss", "loss_box", "loss_count", "lr"}
     assert all(entry["loss"] == pytest.approx(entry["loss_box"] + entry["loss_count"]) for entry in history)
     assert history[-1]["loss"] < history[0]["loss"]
@@ -210,7 +210,7 @@ def test_detector():
 def test_loss_that_is_not_finite(tmp_path):
     model = Detector(broken_from=3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    scenes = digit_scenes(8)
+    scenes = DigitScenes(8)
     with pytest.raises(FloatingPointError, match=r"at step 3 the loss 'loss_box' is nan; the batch .*\.pt$") as error:
         fit(model, scenes, optimizer=optimizer, batch_size=4, steps=5, folder=tmp_path)
     assert model.box.isfinite().all()  # the step was not taken

@@ -2,8 +2,8 @@
 
 from pyzoo.data._common import detection_collate
 from pyzoo.data.coco import CocoDetection
-from pyzoo.data.digits import digit_scenes, digits
+from pyzoo.data.digits import DigitScenes, digits
 from pyzoo.data.folder import image_folder
 from pyzoo.data.voc import VocDetection
 
-__all__ = ["CocoDetection", "VocDetection", "detection_collate", "digit_scenes", "digits", "image_folder"]
+__all__ = ["CocoDetection", "DigitScenes", "VocDetection", "detection_collate", "digits", "image_folder"]

@@ -37,7 +37,7 @@ def digits(split: str = "all") -> tuple[Tensor, Tensor]:
     return images[part].clone(), labels[part].clone()
 
 
-class digit_scenes(Dataset):
+class DigitScenes(Dataset):
     """Digits of random sizes, colors and places on textured, noisy ground: ``scenes[i]`` is (image, target).
 
     The image is [3, H, W] of float in [0, 1]. The target has ``boxes`` [n, 4] (x1, y1, x2, y2 with the ends exclusive,
@@ -69,7 +69,7 @@ class digit_scenes(Dataset):
     ):
         def require(valid: bool, name: str, value, allowed: str) -> None:
             if not valid:
-                raise ValueError(f"digit_scenes: {name} must be {allowed}, got {value!r}")
+                raise ValueError(f"DigitScenes: {name} must be {allowed}, got {value!r}")
 
         require(count >= 0, "count", count, "at least 0")
         require(seed >= 0, "seed", seed, "at least 0")
@@ -94,7 +94,7 @@ class digit_scenes(Dataset):
             return [self[i] for i in range(*index.indices(self.count))]
         index = int(index)
         if not -self.count <= index < self.count:
-            raise IndexError(f"digit_scenes: index {index} of {self.count} scenes")
+            raise IndexError(f"DigitScenes: index {index} of {self.count} scenes")
         index %= self.count
         rng = np.random.default_rng((self.seed, list(SPLITS).index(self.split), index))
 

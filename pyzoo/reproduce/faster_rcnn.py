@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from pyzoo._extras import need
-from pyzoo.data import digit_scenes
+from pyzoo.data import DigitScenes
 from pyzoo.metrics import coco_map
 from pyzoo.reproduce import Report
 from pyzoo.reproduce._detection import LastMap, Trunk, detect, detector, recall, train
@@ -19,8 +19,8 @@ STEPS = 800
 
 def reproduce(report: Report) -> None:
     torch.manual_seed(report.seed)
-    scenes = digit_scenes(1000, (64, 64), seed=report.seed, objects=(1, 3), scale=(14, 32))[:]
-    test = digit_scenes(100, (64, 64), seed=report.seed, objects=(1, 3), scale=(14, 32), split="test")[:]
+    scenes = DigitScenes(1000, (64, 64), seed=report.seed, objects=(1, 3), scale=(14, 32))[:]
+    test = DigitScenes(100, (64, 64), seed=report.seed, objects=(1, 3), scale=(14, 32), split="test")[:]
     model = detector(LastMap(Trunk((24, 48)), 48, 48), 48, (4,), ((12, 20, 32),), size=64)
     history = train(model, scenes, STEPS, report.seed)
 
@@ -48,7 +48,7 @@ def reproduce(report: Report) -> None:
         ", ".join(f"{k[5:]} {first[k]:.3f} to {last[k]:.3f}" for k in LOSSES),
         all(last[k] < first[k] for k in LOSSES),
     )
-    wide = digit_scenes(60, (48, 96), seed=report.seed + 1, objects=(1, 3), scale=(14, 32), split="test")[:]
+    wide = DigitScenes(60, (48, 96), seed=report.seed + 1, objects=(1, 3), scale=(14, 32), split="test")[:]
     model.transform.min_sizes = (48,)
     other, _, _ = recall(model, wide, 30)
     report.check("the same weights on images of 48 x 96", "any size", f"recall {other:.3f}", other >= 0.85)

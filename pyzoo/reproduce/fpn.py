@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from pyzoo._extras import need
-from pyzoo.data import digit_scenes
+from pyzoo.data import DigitScenes
 from pyzoo.metrics import coco_map
 from pyzoo.reproduce import Report
 from pyzoo.reproduce._detection import LastMap, Pyramid, Trunk, detect, detector, recall, train
@@ -30,8 +30,8 @@ def make(kind: str):
 
 def reproduce(report: Report) -> None:
     options = {"size": (96, 96), "objects": (3, 6), "scale": (6, 40)}
-    scenes = digit_scenes(300, seed=report.seed, **options)[:]
-    test = digit_scenes(80, seed=report.seed, split="test", **options)[:]
+    scenes = DigitScenes(300, seed=report.seed, **options)[:]
+    test = DigitScenes(80, seed=report.seed, split="test", **options)[:]
     targets = [target for _, target in test]
     names = {"single": "single map", "both": "pyramid"}
     measured = {}

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from pyzoo._extras import need
-from pyzoo.data import digit_scenes
+from pyzoo.data import DigitScenes
 from pyzoo.metrics import coco_map
 from pyzoo.models.faster_rcnn import pool_map
 from pyzoo.reproduce import Report
@@ -23,8 +23,8 @@ STEPS = 400
 
 def reproduce(report: Report) -> None:
     options = {"size": (96, 96), "objects": (1, 4), "scale": (16, 40)}
-    scenes = digit_scenes(800, seed=report.seed, **options)[:]
-    test = digit_scenes(80, seed=report.seed, split="test", **options)[:]
+    scenes = DigitScenes(800, seed=report.seed, **options)[:]
+    test = DigitScenes(80, seed=report.seed, split="test", **options)[:]
     targets = [target for _, target in test]
     figures, found = {}, {}
     for name, pool in {"RoIAlign": None, "RoIPool": partial(pool_map, stride=STRIDE)}.items():

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyzoo.data import digit_scenes
+from pyzoo.data import DigitScenes
 from pyzoo.metrics import coco_map
 from pyzoo.models import create_model
 from pyzoo.models.ssd import SSD, SSD300, SSD512, Layout, default_boxes
@@ -50,7 +50,7 @@ def reproduce(report: Report) -> None:
         ssd < faster / 2,
     )
 
-    scenes = partial(digit_scenes, seed=report.seed, scale=(14, 44))
+    scenes = partial(DigitScenes, seed=report.seed, scale=(14, 44))
     train, test = one_class(scenes(1500)), one_class(scenes(150, split="test"))
     images, targets = [image for image, _ in test], [target for _, target in test]
     model = make(report.seed)

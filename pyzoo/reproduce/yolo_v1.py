@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyzoo.data import digit_scenes
+from pyzoo.data import DigitScenes
 from pyzoo.data.digits import contrasting
 from pyzoo.metrics import coco_map
 from pyzoo.models.yolo_v1 import P, YOLOv1, pretraining_net
@@ -30,9 +30,9 @@ LAYERS = ((3, 16), P, (3, 32), P, (3, 64), P, (3, 128), P, (3, 128))
 
 
 def reproduce(report) -> None:
-    seen = clutter(digit_scenes(3000, seed=report.seed, **SCENES))
-    one_digit = clutter(digit_scenes(3000, seed=report.seed, **{**SCENES, "objects": (1, 1)}))
-    test = clutter(digit_scenes(2000, seed=report.seed + 1, split="test", **SCENES))
+    seen = clutter(DigitScenes(3000, seed=report.seed, **SCENES))
+    one_digit = clutter(DigitScenes(3000, seed=report.seed, **{**SCENES, "objects": (1, 1)}))
+    test = clutter(DigitScenes(2000, seed=report.seed + 1, split="test", **SCENES))
     targets = [target for _, target in test]
     torch.manual_seed(report.seed)
     head = (("fc", 512), "leaky")  # no dropout: so short a run does not overfit
@@ -139,7 +139,7 @@ def two_stage(scenes, seed: int) -> nn.Module:
 
 def both_found(model: YOLOv1, seed: int) -> tuple[float, float]:
     """Of pairs of digits whose centers share a cell, about 60, and of others, 470: the share found altogether."""
-    scenes = digit_scenes(600, seed=seed + 2, split="test", max_overlap=0.8, **{**SCENES, "objects": (2, 2)})[:]
+    scenes = DigitScenes(600, seed=seed + 2, split="test", max_overlap=0.8, **{**SCENES, "objects": (2, 2)})[:]
     model.score_threshold, before = 0.2, model.score_threshold
     outcomes = {True: [], False: []}
     for found, (_, truth) in zip(detect(model, scenes), scenes, strict=True):
