@@ -1,12 +1,14 @@
 """Builds pyzoo._C from csrc/ with ninja: no torch needed, nvcc optional.
 
 PYZOO_CORE=1|0        compile the core, or nothing: the Triton kernels, on a GPU, are all that there is then
-PYZOO_CUDA=auto|0|1   compile the CUDA kernels if nvcc is found (auto), never, or fail without it
+PYZOO_CUDA=auto|0|1   compile the CUDA kernels if nvcc (>= 12) is found (auto), never, or fail without it
+PYZOO_CUDA=emulate    compile them as C++ that runs on the CPU: for tests
 PYZOO_CUDA_ARCHS      compute capabilities, default "80 90": machine code for each, PTX for the last
 CXX, CXXFLAGS, NVCC, MAX_JOBS are obeyed as usual.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -51,27 +53,44 @@ def amount_of_code(source: Path) -> tuple[int, Path]:
     return sum(file.stat().st_size for file in source.parent.iterdir()), source
 
 
-def find_nvcc(sources: list[Path]) -> str | None:
+def find_nvcc() -> str | None:
     """The nvcc to use, or None for a build without CUDA; says what was decided and why."""
     want = os.environ.get("PYZOO_CUDA", "auto")
     if want not in ("auto", "0", "1"):
-        raise SystemExit(f"pyzoo build: PYZOO_CUDA must be auto, 0 or 1, got {want!r}")
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
-    if want == "1" and not nvcc:
-        raise SystemExit(
-            "pyzoo build: PYZOO_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin; install the CUDA toolkit (>= 12)"
-        )
+        raise SystemExit(f"pyzoo build: PYZOO_CUDA must be auto, 0, 1 or emulate, got {want!r}")
     if want == "0":
         say("CPU only: PYZOO_CUDA=0")
-    elif not nvcc:
-        say("CPU only: no nvcc found (set PYZOO_CUDA=1 to insist)")
-    elif not sources:
-        say(f"CPU only: {nvcc} found, but this version has no CUDA kernels yet")
-    else:
-        say(f"CUDA kernels with {nvcc}")
-        return nvcc
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    problem = "no nvcc on PATH or in $CUDA_HOME/bin"
+    if nvcc:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)", told)
+        if release and int(release[1]) >= 12:
+            say(f"CUDA kernels with {nvcc}")
+            return nvcc
+        problem = f"{nvcc} is older than CUDA 12"
+    if want == "1":
+        raise SystemExit(f"pyzoo build: PYZOO_CUDA=1 but {problem}; install the CUDA toolkit (>= 12)")
+    say(f"CPU only: {problem} (set PYZOO_CUDA=1 to insist)")
     return None
+
+
+def cuda_rule(nvcc: str, flags: list[str]) -> tuple[str, list[str], list[str]]:
+    """How ninja compiles a .cu, with what else the C++ sources are compiled, and what is linked."""
+    archs = os.environ.get("PYZOO_CUDA_ARCHS", "80 90").replace(",", " ").replace(".", "").split()
+    gpus = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    gpus.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    define = f'-DPYZOO_CUDA_ARCHS="{" ".join(archs)}"'
+    # No fused multiply-add but where a kernel asks for one: coordinates and overlaps come out as on the CPU.
+    options = ["--cudart=static", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "--fmad=false", "-Xptxas=-v"]
+    command = shlex.join([nvcc, *gpus, *options, define, *flags, "-Xcompiler=-fPIC,-fvisibility=hidden"])
+    # What ptxas tells of registers and spills goes to a file beside the object, for the tests.
+    rule = f"{command} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ cat $out.log; exit 1; }}"
+    toolkit = Path(nvcc).resolve().parent.parent
+    libraries = [f"-L{toolkit / folder}" for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    return rule, [define], [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
 class NinjaBuild(build_ext):
@@ -102,41 +121,33 @@ class NinjaBuild(build_ext):
             shared.append("-Wl,--strip-all")
         libraries = [*openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
-        kernels = sorted((ROOT / "csrc").glob("**/*.cpp"), key=amount_of_code, reverse=True)
-        cuda_kernels = sorted((ROOT / "csrc").glob("**/*.cu"), key=amount_of_code, reverse=True)
-        nvcc_flags: list[str] = []
-        nvcc = find_nvcc(cuda_kernels)
-        if nvcc:
-            archs = os.environ.get("PYZOO_CUDA_ARCHS", "80 90").replace(",", " ").replace(".", "").split()
-            nvcc_flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            nvcc_flags += [
-                f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
-                "--cudart=static",
-                "-O3",
-                "-std=c++17",
-            ]
-            nvcc_flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            flags.append(f'-DPYZOO_CUDA_ARCHS="{" ".join(archs)}"')
-            libraries += [
-                f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}",
-                "-lcudart_static",
-                "-lrt",
-                "-ldl",
-                "-lpthread",
-            ]
+        sources = sorted((ROOT / "csrc").glob("**/*.cpp"), key=amount_of_code, reverse=True)
+        cuda_sources = sorted((ROOT / "csrc").glob("**/*.cu"), key=amount_of_code, reverse=True)
+        cuda = None
+        if os.environ.get("PYZOO_CUDA") == "emulate":
+            say("CUDA kernels as C++ on the CPU: PYZOO_CUDA=emulate")
+            emulator = ["-x", "c++", f"-I{ROOT / 'tests' / 'emulator'}", "-Wno-unknown-pragmas"]
+            cuda = f"{shlex.join([*cxx, *flags, *emulator])} -MMD -MF $out.d -c $in -o $out"
+            flags.append('-DPYZOO_CUDA_ARCHS="emulated"')
+        elif nvcc := find_nvcc():
+            cuda, defines, cuda_libraries = cuda_rule(nvcc, [f"-I{ROOT / 'csrc'}"])
+            flags += defines
+            libraries += cuda_libraries
+        if cuda:
+            sources = cuda_sources + sources
 
         lines = [
             f"rule cxx\n command = {shlex.join(cxx)} {shlex.join(flags)} -MMD -MF $out.d -c $in -o $out",
             " depfile = $out.d\n deps = gcc\n description = $in",
-            f"rule nvcc\n command = {nvcc} {shlex.join(nvcc_flags)} -MMD -MF $out.d -c $in -o $out",
+            f"rule cuda\n command = {cuda}",
             " depfile = $out.d\n deps = gcc\n description = $in",
             f"rule link\n command = {shlex.join(cxx + shared)} $in {shlex.join(libraries)} -o $out",
             " description = $out",
         ]
         objects = []
-        for source in kernels + (cuda_kernels if nvcc else []):
+        for source in sources:
             objects.append("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
-            lines.append(f"build {objects[-1]}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {source}")
+            lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}")
         lines.append(f"build _C.so: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 

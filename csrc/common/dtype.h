@@ -4,6 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#define PZ_HD __host__ __device__
+#else
+#define PZ_HD
+#endif
+
 namespace pyzoo {
 
 enum class DType : uint8_t { f32, f64, f16, bf16, i32, i64, u8 };
@@ -28,14 +35,17 @@ constexpr int64_t dtype_size(DType t) {
   return sizes[static_cast<int>(t)];
 }
 
-inline float to_float(BFloat16 x) {
+PZ_HD inline float to_float(BFloat16 x) {
   uint32_t u = uint32_t(x.bits) << 16;
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
 
-inline float to_float(Half x) {
+PZ_HD inline float to_float(Half x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
   uint32_t u;
   float f;
@@ -48,18 +58,19 @@ inline float to_float(Half x) {
   }
   std::memcpy(&f, &u, 4);
   return f;
+#endif
 }
 
-inline float to_float(float x) { return x; }
-inline double to_float(double x) { return x; }
+PZ_HD inline float to_float(float x) { return x; }
+PZ_HD inline double to_float(double x) { return x; }
 
 template <class T>
-inline T from_float(float x) {
+PZ_HD inline T from_float(float x) {
   return static_cast<T>(x);
 }
 
 template <>
-inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even; NaN stays NaN
+PZ_HD inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even; NaN stays NaN
   uint32_t u;
   std::memcpy(&u, &x, 4);
   if ((u & 0x7fffffffu) > 0x7f800000u) return {uint16_t(u >> 16 | 64)};
@@ -67,7 +78,10 @@ inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even; NaN s
 }
 
 template <>
-inline Half from_float<Half>(float x) {  // round to nearest even; NaN stays NaN; beyond 65520 becomes inf
+PZ_HD inline Half from_float<Half>(float x) {  // round to nearest even; NaN stays NaN; beyond 65520 becomes inf
+#ifdef __CUDA_ARCH__
+  return {__half_as_ushort(__float2half_rn(x))};
+#else
   uint32_t u;
   std::memcpy(&u, &x, 4);
   const uint16_t sign = u >> 16 & 0x8000;
@@ -82,11 +96,12 @@ inline Half from_float<Half>(float x) {  // round to nearest even; NaN stays NaN
     return {uint16_t(sign | (u - 0x3f000000u))};
   }
   return {uint16_t(sign | (((u + 0xfff + (u >> 13 & 1)) >> 13) - 0x1c000))};
+#endif
 }
 
 // From the accumulation type back to the storage type.
 template <class T, class A>
-inline T from_acc(A x) {
+PZ_HD inline T from_acc(A x) {
   if constexpr (sizeof(T) == 8) return x;
   else return from_float<T>(x);
 }
@@ -116,7 +131,7 @@ auto dispatch_floating(DType t, F&& f) {
 
 // Element i of a buffer of any dtype, as G.
 template <class G>
-inline G load_as(const void* data, DType t, int64_t i) {
+PZ_HD inline G load_as(const void* data, DType t, int64_t i) {
   switch (t) {
     case DType::f64: return static_cast<G>(static_cast<const double*>(data)[i]);
     case DType::f16: return static_cast<G>(to_float(static_cast<const Half*>(data)[i]));

@@ -25,9 +25,9 @@ struct FeatureMap {
   int64_t images, channels, height, width;
   int64_t image_stride, channel_stride, row_stride, pixel_stride;  // in elements
 
-  FeatureMap(const Tensor& t, const char* name) {
+  FeatureMap(const Tensor& t, const char* name, DeviceType device = DeviceType::cpu) {
     check_tensor(t, name, 4);
-    check_cpu(t, name);
+    check_device(t, name, device);
     check_floating(t, name);
     data = t.data;
     dtype = t.dtype;
@@ -36,15 +36,15 @@ struct FeatureMap {
     settle_strides(height, width, row_stride, pixel_stride);
     check(height * width <= INT32_MAX, std::string(name) + ": height x width must be below 2^31, got shape " + t.shape_string());
   }
-  int64_t pixels() const { return height * width; }
-  bool channels_last() const { return channel_stride == 1 || channels == 1; }
+  PZ_HD int64_t pixels() const { return height * width; }
+  PZ_HD bool channels_last() const { return channel_stride == 1 || channels == 1; }
   void check_written(const char* name) const {
     check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())),
           std::string(name) + " must be contiguous or channels_last");
   }
   // The address of an image from channel c on.
   template <class T>
-  T* at(int64_t image, int64_t c) const {
+  PZ_HD T* at(int64_t image, int64_t c) const {
     return static_cast<T*>(data) + image * image_stride + c * channel_stride;
   }
 };
@@ -72,19 +72,19 @@ struct Pooled {
   int64_t rois, channels, height, width;
   int64_t roi_stride, channel_stride, row_stride, bin_stride;
 
-  Pooled(const Tensor& t, const char* name) {
+  Pooled(const Tensor& t, const char* name, DeviceType device = DeviceType::cpu) {
     check_tensor(t, name, 4);
-    check_cpu(t, name);
+    check_device(t, name, device);
     data = t.data;
     dtype = t.dtype;
     rois = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
     roi_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], bin_stride = t.stride[3];
     settle_strides(height, width, row_stride, bin_stride);
   }
-  int64_t bins() const { return height * width; }
+  PZ_HD int64_t bins() const { return height * width; }
   // Bins of one channel lie next to each other (NCHW), or channels of one bin do.
   bool planar() const { return bin_stride == 1 && row_stride == width; }
-  bool channels_last() const { return (channel_stride == 1 || channels == 1) && row_stride == width * bin_stride; }
+  PZ_HD bool channels_last() const { return (channel_stride == 1 || channels == 1) && row_stride == width * bin_stride; }
   // Every bin's channels fill whole cache lines, so that each can be written past the caches.
   bool whole_lines() const {
     const int64_t line = 64 / dtype_size(dtype);

@@ -12,15 +12,20 @@ namespace pyzoo {
 
 constexpr int kMaxDims = 6;
 
+enum class DeviceType : int32_t { cpu = 1, cuda = 2 };  // DLPack's numbers; there are others
+
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::f32;
-  int32_t device_type = 1;  // DLPack's numbers: 1 CPU, 2 CUDA
+  DeviceType device_type = DeviceType::cpu;
   int32_t device_id = 0;
+  void* stream = nullptr;  // that its owner works in: where kernels for a GPU are launched
   int ndim = 0;
   int64_t shape[kMaxDims] = {};
-  int64_t stride[kMaxDims] = {};  // in elements; may be 0 or negative
-  std::shared_ptr<void> owner;    // keeps an exported (not borrowed) buffer alive
+  int64_t stride[kMaxDims] = {};                                                   // in elements; may be 0 or negative
+  std::shared_ptr<void> owner;                                                     // keeps an exported (not borrowed) buffer alive
+  const void* exporter = nullptr;                                                  // what it came through
+  std::shared_ptr<void> (*allocate)(const Tensor& like, int64_t bytes) = nullptr;  // memory beside it, from who owns it
 
   int64_t numel() const {
     int64_t n = 1;
@@ -30,6 +35,12 @@ struct Tensor {
   template <class T>
   T* ptr() const {
     return static_cast<T*>(data);
+  }
+  // Uninitialised memory for n elements on the same device; kernels launched so far in its stream may use it after it is let go.
+  template <class T>
+  std::shared_ptr<T> scratch(int64_t n) const {
+    if (!allocate) throw std::runtime_error("a tensor of this type cannot provide scratch memory: use torch tensors");
+    return std::static_pointer_cast<T>(allocate(*this, n * int64_t(sizeof(T))));
   }
   std::string shape_string() const {
     std::string s = "[";
@@ -47,7 +58,10 @@ inline void check_tensor(const Tensor& t, const char* name, int ndim) {
   check(t.ndim == ndim, std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got shape " + t.shape_string());
 }
 
-inline void check_cpu(const Tensor& t, const char* name) { check(t.device_type == 1, std::string(name) + " must be on the CPU"); }
+inline void check_device(const Tensor& t, const char* name, DeviceType device) {
+  check(t.device_type == device, std::string(name) + " must be on " + (device == DeviceType::cpu ? "the CPU" : "a CUDA device"));
+}
+inline void check_cpu(const Tensor& t, const char* name) { check_device(t, name, DeviceType::cpu); }
 
 inline void check_dtype(const Tensor& t, const char* name, DType dtype) {
   check(t.dtype == dtype, std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.dtype));

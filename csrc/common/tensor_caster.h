@@ -30,7 +30,7 @@ inline Tensor tensor_from_dlpack(const dlpack::DLTensor& t) {
   else
     fail("its element type is none of float32, float64, float16, bfloat16, int32, int64, uint8 (DLPack code " + std::to_string(code) +
          ", " + std::to_string(bits) + " bits)");
-  out.device_type = t.device.device_type;
+  out.device_type = DeviceType(t.device.device_type);
   out.device_id = t.device.device_id;
   out.ndim = t.ndim;
   int64_t contiguous = 1;
@@ -77,12 +77,28 @@ inline const dlpack::ExchangeAPI* exchange_api(PyTypeObject* type) {
   return last_api = api;
 }
 
+// Scratch memory for a kernel: a tensor of bytes, which goes back to the allocator that torch has for the device.
+inline std::shared_ptr<void> allocate_like(const Tensor& like, int64_t bytes) {
+  const auto* api = static_cast<const dlpack::ExchangeAPI*>(like.exporter);
+  dlpack::DLTensor prototype{nullptr, {int32_t(like.device_type), like.device_id}, 1, {dlpack::kUInt, 8, 1}, &bytes, nullptr, 0};
+  dlpack::ManagedTensorVersioned* made = nullptr;
+  std::string why = "no reason given";
+  const auto set_error = [](void* to, const char*, const char* message) { *static_cast<std::string*>(to) = message; };
+  if (api->managed_tensor_allocator(&prototype, &made, &why, set_error) != 0)
+    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of scratch memory: " + why);
+  return std::shared_ptr<void>(made->tensor.data, [made](void*) { made->deleter(made); });
+}
+
 inline Tensor tensor_from_python(PyObject* x) {
   if (const auto* api = exchange_api(Py_TYPE(x))) {
     dlpack::DLTensor t;
     if (api->dltensor_from_py_object_no_sync(x, &t) != 0) throw py::error_already_set();
     check_torch_traps(x);
-    return tensor_from_dlpack(t);
+    Tensor out = tensor_from_dlpack(t);
+    out.exporter = api, out.allocate = &allocate_like;
+    if (out.device_type == DeviceType::cuda && api->current_work_stream(dlpack::kCUDA, out.device_id, &out.stream) != 0)
+      throw py::error_already_set();
+    return out;
   }
   py::object array = py::reinterpret_borrow<py::object>(x), capsule;
   try {  // max_version lets read-only arrays through; older exporters do not know it

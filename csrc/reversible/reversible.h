@@ -10,12 +10,16 @@ namespace pyzoo {
 
 // y = x + update
 void reversible_fwd_cpu(const Tensor& x, const Tensor& update, const Tensor& y);
+void reversible_fwd_cuda(const Tensor& x, const Tensor& update, const Tensor& y);
 
 // x = y - update
 void reversible_inv_cpu(const Tensor& y, const Tensor& update, const Tensor& x);
+void reversible_inv_cuda(const Tensor& y, const Tensor& update, const Tensor& x);
 
 // The same, and in one go the gradient of the function's input: grad_x = grad_y + grad_update.
 void reversible_bwd_cpu(const Tensor& y, const Tensor& update, const Tensor& x, const Tensor& grad_y, const Tensor& grad_update,
                         const Tensor& grad_x);
+void reversible_bwd_cuda(const Tensor& y, const Tensor& update, const Tensor& x, const Tensor& grad_y, const Tensor& grad_update,
+                         const Tensor& grad_x);
 
 }  // namespace pyzoo
