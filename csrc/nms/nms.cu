@@ -11,9 +11,9 @@ namespace pyzoo {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWalk = 1024;    // boxes that the walk decides on at a time, and its threads
-constexpr int kChunk = 4096;   // boxes
-constexpr int kPart = 512;     // kept boxes that one block compares others with
+constexpr int kWalk = 1024;   // boxes that the walk decides on at a time, and its threads
+constexpr int kChunk = 4096;  // boxes
+constexpr int kPart = 512;    // kept boxes that one block compares others with
 constexpr int kWalkWords = kWalk / kWarp;
 
 struct Strided {  // of B entries
@@ -35,16 +35,16 @@ struct Strided {  // of B entries
 template <class T>
 struct Sorted {
   int64_t n;
-  uint64_t* keys;        // of the scores
-  int64_t* classes;      // by box, then by place; null where they are not compared
-  int64_t* classes_at;   //
+  uint64_t* keys;         // of the scores
+  int64_t* classes;       // of the boxes; null where they are not compared
+  int64_t* classes_at;    // at each place
   int32_t *rank, *place;  // of a box; the same where classes are not compared
-  int32_t* order;        // the box of each rank
-  int32_t* rank_at;      // the rank at each place
-  Box<T>* boxes;         // at each place
-  uint8_t* dead;         // at each place: known to be suppressed
-  uint8_t* kept;         // by rank
-  int32_t* places;       // of the kept boxes, ascending
+  int32_t* order;         // the box of each rank
+  int32_t* rank_at;       // the rank at each place
+  Box<T>* boxes;          // at each place
+  uint8_t* dead;          // at each place: known to be suppressed
+  uint8_t* kept;          // by rank
+  int32_t* places;        // of the kept boxes, ascending
 };
 
 // --------------------------------------------------------------------------------------------------------------- sorting
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) nms_rank_kernel(Sorted<T> s, int til
   int rank = 0, place = 0;
   for (int64_t j0 = int64_t(part) * kThreads; j0 < s.n; j0 += int64_t(parts) * kThreads) {
     const int64_t count = s.n - j0 < kThreads ? s.n - j0 : kThreads;
-    if (threadIdx.x < count) {
+    if (int(threadIdx.x) < count) {
       keys(threadIdx.x) = s.keys[first + j0 + threadIdx.x];
       if (s.classes) classes(threadIdx.x) = s.classes[first + j0 + threadIdx.x];
     }
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) nms_largest_kernel(Strided boxes, in
   of_thread(threadIdx.x) = most;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) of_thread(threadIdx.x) = larger<T>(of_thread(threadIdx.x), of_thread(threadIdx.x + half));
+    if (int(threadIdx.x) < half) of_thread(threadIdx.x) = larger<T>(of_thread(threadIdx.x), of_thread(threadIdx.x + half));
   }
   if (threadIdx.x == 0) largest[blockIdx.x] = of_thread(0);
 }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) nms_mask_kernel(Sorted<T> s, int64_t
   if (j0 >= s.n || j0 + kThreads <= i0) return;  // no such boxes, or all before: nobody will look
   const int64_t first = entry * s.n, j = j0 + threadIdx.x;
   const int count = int(s.n - i0 < kWarp ? s.n - i0 : kWarp);
-  if (threadIdx.x < count) {
+  if (int(threadIdx.x) < count) {
     const Box<T> box = s.boxes[first + i0 + threadIdx.x];
     boxes(threadIdx.x) = box;
     areas(threadIdx.x) = area_of(box);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) nms_apply_kernel(Sorted<T> s, T thre
   bool dead = j >= s.n || s.dead[first + j];
   for (int64_t k0 = from; k0 < to; k0 += kWarp) {
     const int count = int(to - k0 < kWarp ? to - k0 : kWarp);
-    if (threadIdx.x < count) {
+    if (int(threadIdx.x) < count) {
       const int64_t place = first + s.places[first + k0 + threadIdx.x];
       const Box<T> kept = s.boxes[place];
       boxes(threadIdx.x) = kept;
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kThreads) nms_apply_kernel(Sorted<T> s, T thre
 
 // keep [B, limit]: the kept boxes by rank, then -1.
 template <class T>
-__global__ void __launch_bounds__(kWalk) nms_emit_kernel(Sorted<T> s, int64_t limit, int64_t* keep, int64_t batch_stride, int64_t stride,
-                                                         int64_t* number) {
+__global__ void __launch_bounds__(kWalk)
+    nms_emit_kernel(Sorted<T> s, int64_t limit, int64_t* keep, int64_t batch_stride, int64_t stride, int64_t* number) {
   __shared__ Shared<int, kWalkWords> of_warp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t first = int64_t(blockIdx.x) * s.n;
@@ -328,7 +328,8 @@ void run(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double i
   elements(nms_gather_kernel<T>, s, from, its_class, largest.get(), total);
 
   const T threshold = round_down<T>(iou_threshold);
-  const int64_t chunk = std::min<int64_t>(kChunk, ceil_div(n, kWalk) * kWalk), chunks = ceil_div(n, chunk), words = ceil_div(n, kWarp);
+  const int64_t chunk = std::min<int64_t>(kChunk, std::max<int64_t>(1, ceil_div(n, kWalk)) * kWalk), chunks = ceil_div(n, chunk),
+                words = ceil_div(n, kWarp);
   const int64_t enough = grouped ? n : limit;  // to be kept; classes come one after the other, not by score
   const auto mask = boxes.scratch<uint32_t>(batch * words * chunk);
   const auto counts = boxes.scratch<int32_t>(batch * (chunks + 1));

@@ -27,8 +27,10 @@ inline void register_nms(pybind11::module_& m) {
       [](const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double iou_threshold, const Tensor& keep,
          bool shift_classes) {
         auto [object, count] = new_tensor(boxes, {dlpack::kInt, 64, 1}, keep.ndim - 1, keep.shape);
-        py::gil_scoped_release release;
-        nms_cuda(boxes, scores, idxs ? &*idxs : nullptr, iou_threshold, keep, shift_classes, count);
+        {
+          py::gil_scoped_release release;
+          nms_cuda(boxes, scores, idxs ? &*idxs : nullptr, iou_threshold, keep, shift_classes, count);
+        }
         return object;
       },
       "boxes"_a, "scores"_a, "idxs"_a.none(true), "iou_threshold"_a, "keep"_a, "shift_classes"_a,
