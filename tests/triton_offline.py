@@ -32,7 +32,7 @@ from benchmarks.measure import move
 from pyzoo import _backend
 from pyzoo.kernels import _configs
 from tests.specs import pixelcnn_sample, reversible
-from tests.test_triton import SPECS
+from tests.test_gpu_kernels import SPECS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # float64 is there to check results
 RESOURCES = ("registers", "stack", "shared")

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <utility>
+
 #include "dlpack.h"
 #include "tensor.h"
 
@@ -77,16 +79,31 @@ inline const dlpack::ExchangeAPI* exchange_api(PyTypeObject* type) {
   return last_api = api;
 }
 
-// Scratch memory for a kernel: a tensor of bytes, which goes back to the allocator that torch has for the device.
-inline std::shared_ptr<void> allocate_like(const Tensor& like, int64_t bytes) {
+// An uninitialised tensor beside another, from the allocator of the library that owns that.
+inline dlpack::ManagedTensorVersioned* allocate_like(const Tensor& like, dlpack::DataType dtype, int ndim, const int64_t* shape) {
   const auto* api = static_cast<const dlpack::ExchangeAPI*>(like.exporter);
-  dlpack::DLTensor prototype{nullptr, {int32_t(like.device_type), like.device_id}, 1, {dlpack::kUInt, 8, 1}, &bytes, nullptr, 0};
+  dlpack::DLTensor prototype{nullptr, {int32_t(like.device_type), like.device_id}, ndim, dtype, const_cast<int64_t*>(shape), nullptr, 0};
   dlpack::ManagedTensorVersioned* made = nullptr;
   std::string why = "no reason given";
   const auto set_error = [](void* to, const char*, const char* message) { *static_cast<std::string*>(to) = message; };
-  if (api->managed_tensor_allocator(&prototype, &made, &why, set_error) != 0)
-    throw std::runtime_error("no " + std::to_string(bytes) + " bytes of scratch memory: " + why);
+  if (api->managed_tensor_allocator(&prototype, &made, &why, set_error) != 0) throw std::runtime_error("a kernel got no memory: " + why);
+  return made;
+}
+
+inline std::shared_ptr<void> allocate_scratch(const Tensor& like, int64_t bytes) {
+  auto* made = allocate_like(like, {dlpack::kUInt, 8, 1}, 1, &bytes);
   return std::shared_ptr<void>(made->tensor.data, [made](void*) { made->deleter(made); });
+}
+
+// For results that are made here: the Python object, and the view to write it through.
+inline std::pair<py::object, Tensor> new_tensor(const Tensor& like, dlpack::DataType dtype, int ndim, const int64_t* shape) {
+  if (!like.exporter) throw py::type_error("cannot make a tensor beside this array: use torch tensors");
+  auto* made = allocate_like(like, dtype, ndim, shape);
+  const Tensor view = tensor_from_dlpack(made->tensor);
+  void* object = nullptr;
+  if (static_cast<const dlpack::ExchangeAPI*>(like.exporter)->managed_tensor_to_py_object_no_sync(made, &object) != 0)
+    throw py::error_already_set();
+  return {py::reinterpret_steal<py::object>(static_cast<PyObject*>(object)), view};
 }
 
 inline Tensor tensor_from_python(PyObject* x) {
@@ -95,7 +112,7 @@ inline Tensor tensor_from_python(PyObject* x) {
     if (api->dltensor_from_py_object_no_sync(x, &t) != 0) throw py::error_already_set();
     check_torch_traps(x);
     Tensor out = tensor_from_dlpack(t);
-    out.exporter = api, out.allocate = &allocate_like;
+    out.exporter = api, out.allocate = &allocate_scratch;
     if (out.device_type == DeviceType::cuda && api->current_work_stream(dlpack::kCUDA, out.device_id, &out.stream) != 0)
       throw py::error_already_set();
     return out;

@@ -21,4 +21,8 @@ namespace pyzoo {
 std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold, const Tensor& keep,
                              bool shift_classes);
 
+// The same, but for a CUDA device, which nobody waits for: count is int64 [] or [B]. idxs may be whole numbers of a floating type.
+void nms_cuda(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold, const Tensor& keep, bool shift_classes,
+              const Tensor& count);
+
 }  // namespace pyzoo

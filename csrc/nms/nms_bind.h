@@ -21,6 +21,21 @@ inline void register_nms(pybind11::module_& m) {
       },
       "boxes"_a, "scores"_a, "idxs"_a.none(true), "iou_threshold"_a, "keep"_a, "shift_classes"_a,
       "Writes the kept indices to keep (padded with -1); returns their number, or a list of numbers for [B, N, 4] boxes.");
+#ifdef PYZOO_CUDA_ARCHS
+  m.def(
+      "nms_cuda",
+      [](const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& idxs, double iou_threshold, const Tensor& keep,
+         bool shift_classes) {
+        auto [object, count] = new_tensor(boxes, {dlpack::kInt, 64, 1}, keep.ndim - 1, keep.shape);
+        {
+          py::gil_scoped_release release;
+          nms_cuda(boxes, scores, idxs ? &*idxs : nullptr, iou_threshold, keep, shift_classes, count);
+        }
+        return object;
+      },
+      "boxes"_a, "scores"_a, "idxs"_a.none(true), "iou_threshold"_a, "keep"_a, "shift_classes"_a,
+      "As nms_cpu, but returns the number or numbers as a tensor on the device of the boxes.");
+#endif
 }
 
 }  // namespace pyzoo

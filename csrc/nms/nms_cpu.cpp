@@ -7,19 +7,10 @@
 #include <utility>
 
 #include "common/vec.h"
+#include "nms/nms_geometry.h"
 
 namespace pyzoo {
 namespace {
-
-template <class T>
-struct Box {
-  T x1, y1, x2, y2;
-};
-
-template <class T>
-T area_of(const Box<T>& b) {
-  return (b.x2 - b.x1) * (b.y2 - b.y1);
-}
 
 // Neither suppresses nor is suppressed at a threshold >= 0: its intersection with any box is 0, or its area is not finite, and
 // the overlap is 0 or NaN.
@@ -37,13 +28,6 @@ struct alignas(64) Leaf {
   T x1[capacity], y1[capacity], x2[capacity], y2[capacity], area[capacity];
   int32_t size, next;
 };
-
-// The largest T that is not above x: overlap > one exactly when overlap > the other.
-template <class T>
-T round_down(double x) {
-  const T y = static_cast<T>(x);
-  return double(y) > x ? std::nextafter(y, -std::numeric_limits<T>::infinity()) : y;
-}
 
 // What an overlap must be above; and a little less, to tell most overlaps that are not by a product instead of a quotient. Rounding is
 // monotonic, so intersection < low * union, computed, implies that the quotient, computed, is not above; but for thresholds near the
@@ -115,20 +99,6 @@ void sort_keys(Keyed<K>* items, int64_t n) {
     std::swap(from, to);
   }
   if (from != items) std::copy(from, from + n, items);
-}
-
-// Ascending keys for descending scores: NaN first, -0 equal to 0.
-uint32_t descending_key(float score) {
-  score += 0.0f;
-  uint32_t u;
-  std::memcpy(&u, &score, 4);
-  return score != score ? 0 : u >> 31 ? u : ~u & 0x7fffffffu;
-}
-uint64_t descending_key(double score) {
-  score += 0.0;
-  uint64_t u;
-  std::memcpy(&u, &score, 8);
-  return score != score ? 0 : u >> 63 ? u : ~u & 0x7fffffffffffffffu;
 }
 
 template <class T>
@@ -328,33 +298,11 @@ class Nms {
   Array<uint8_t> kept_;    // by place in sorted_
 };
 
-void check_shape(const Tensor& t, const char* name, const Tensor& boxes, const char* form) {
-  bool ok = t.ndim == boxes.ndim - 1;
-  for (int i = 0; ok && i < t.ndim; ++i) ok = t.shape[i] == boxes.shape[i];
-  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " + t.shape_string());
-}
-
 }  // namespace
 
 std::vector<int64_t> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold, const Tensor& keep,
                              bool shift_classes) {
-  check((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4,
-        "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
-  check_cpu(boxes, "boxes"), check_floating(boxes, "boxes");
-  check(boxes.numel() <= std::numeric_limits<int32_t>::max(),  // box indices have 32 bits here
-        "boxes must have fewer than 2^31 elements, got shape " + boxes.shape_string());
-  const char* form = boxes.ndim == 2 ? "[N]" : "[B, N]";
-  check_shape(scores, "scores", boxes, form);
-  check_cpu(scores, "scores"), check_floating(scores, "scores");
-  if (idxs) {
-    check_shape(*idxs, "idxs", boxes, form);
-    check_cpu(*idxs, "idxs"), check_dtype(*idxs, "idxs", DType::i64);
-  }
-  check(keep.ndim == boxes.ndim - 1 && (keep.ndim == 1 || keep.shape[0] == boxes.shape[0]),
-        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " + boxes.shape_string() +
-            ", got " + keep.shape_string());
-  check_cpu(keep, "keep"), check_dtype(keep, "keep", DType::i64);
-
+  check_nms(boxes, scores, idxs, keep, DeviceType::cpu);
   if (boxes.dtype == DType::f64) return Nms<double>(boxes, scores, idxs, iou_threshold, keep, shift_classes).run();
   return Nms<float>(boxes, scores, idxs, iou_threshold, keep, shift_classes).run();
 }

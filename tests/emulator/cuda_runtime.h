@@ -44,7 +44,7 @@ using cudaStream_t = void*;
 namespace emulator {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
-constexpr size_t kStack = 256 << 10;  // of a thread; the frames of the sanitizers are large
+constexpr size_t kStack = (256 << 10) + 1088;  // of a thread: the frames of the sanitizers are large; not 2^n, for the caches' sake
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
@@ -72,6 +72,7 @@ struct Machine {
   std::function<void()> kernel;
   std::string error;
   int count = 0, now = -1;  // threads of a block; the one that runs
+  int started = 0;          // so many fibers wait for their next block
   Epoch epoch;
   int64_t block = 0;             // all blocks that ever ran, counted
   uint64_t slots[kMostThreads];  // what the lanes of a warp show each other
@@ -112,13 +113,15 @@ inline void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_size);
 #endif
-  try {
-    m.kernel();
-  } catch (const std::exception& e) {
-    m.error = where(m.now) + ": " + e.what();
+  for (;;) {  // block after block
+    try {
+      m.kernel();
+    } catch (const std::exception& e) {
+      m.error = where(m.now) + ": " + e.what();
+    }
+    m.threads[m.now].state = State::done;
+    to_scheduler();
   }
-  m.threads[m.now].state = State::done;
-  to_scheduler(true);
 }
 
 inline void resume(int thread) {
@@ -176,6 +179,8 @@ inline void run_block() {
     Thread& thread = m.threads[t];
     thread.state = State::ready;
     thread.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y);
+    if (t < m.started) continue;
+    m.started = t + 1;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = m.stacks.get() + t * kStack;
     thread.context.uc_stack.ss_size = kStack;
@@ -209,7 +214,10 @@ inline void run(dim3 grid, dim3 block, std::function<void()> kernel) {
     const int64_t b = backwards ? blocks - 1 - i : i;
     blockIdx = dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y));
     run_block();
-    if (!m.error.empty()) throw std::runtime_error(m.error);
+    if (!m.error.empty()) {
+      m.started = 0;  // what waits in the middle of a kernel starts anew
+      throw std::runtime_error(m.error);
+    }
   }
 }
 
