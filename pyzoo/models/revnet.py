@@ -31,7 +31,7 @@ from pyzoo.nn.reversible import ReversibleBlock, ReversibleSequential
 from pyzoo.ops import _common as common
 from pyzoo.ops.reversible import reversible_reference
 
-# -------------------------------------------------------------------------------------------- residual functions F and G
+# ------------------------------------------------------------------------------------------- residual functions F and G
 
 
 class BasicResidual(nn.Module):
@@ -87,7 +87,7 @@ def make_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1,
     return layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
 
 
-# ---------------------------------------------------------------------------------------------- stages, and their memory
+# --------------------------------------------------------------------------------------------- stages, and their memory
 
 
 class PooledShortcut(nn.Module):
@@ -125,7 +125,7 @@ class FirstUnit(nn.Module):
 
 
 class Stage(nn.Module):
-    """Units on maps of one size. Of all of them, what is stored is the input of the first and the output of the last."""
+    """Units on maps of one size. Of all of them, the input of the first and the output of the last are stored."""
 
     def __init__(self, units: int, in_channels, out_channels, stride, residual, conv, norm_layer, activated):
         super().__init__()
@@ -166,6 +166,9 @@ class OnCopies:
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
+BATCH_NORM = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
 class RevNet(nn.Module):
     """[N, in_channels, H, W] -> logits [N, num_classes].
 
@@ -197,7 +200,7 @@ class RevNet(nn.Module):
         in_channels: int = 3,
         reversible: bool = True,
         same_padding: bool = False,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01),
+        norm_layer: Callable[[int], nn.Module] = BATCH_NORM,
     ):
         super().__init__()
         if len(widths) != len(units) + 1 or not units:
@@ -230,6 +233,10 @@ class RevNet(nn.Module):
         nn.init.zeros_(self.logit.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.init_conv.in_channels or 0 in x.shape[2:]:
+            allowed = f"[N, {self.init_conv.in_channels}, H, W], with pixels"
+            raise ValueError(f"RevNet: x must have shape {allowed}, got {list(x.shape)}")
+        x = x.contiguous(memory_format=torch.channels_last)
         x = F.relu(conv_bn(x, self.init_conv, self.init_bn), inplace=True)  # [N, 32, 32, 32]; large: [N, 128, 112, 112]
         if self.large:
             x = F.max_pool2d(same_pad(x, 3, 2), 3, 2) if self.same_padding else F.max_pool2d(x, 3, 2, 1)
@@ -244,7 +251,10 @@ class RevNet(nn.Module):
 TENSORFLOW = [
     (r"^unit_last/", ""),
     (r"^init/", ""),
-    (r"^unit_(\d+)_(\d+)/", lambda m: f"stages.{int(m[1]) - 1}." + (f"rest.{int(m[2]) - 1}." if int(m[2]) else "first.")),
+    (
+        r"^unit_(\d+)_(\d+)/",
+        lambda m: f"stages.{int(m[1]) - 1}." + (f"rest.{int(m[2]) - 1}." if int(m[2]) else "first."),
+    ),
     (r"x(\d)_bottleneck/project/", r"shortcut\1/"),
     (r"sub\d/", ""),
     (r"/(w|gamma)$", "/weight"),
