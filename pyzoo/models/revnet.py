@@ -290,9 +290,9 @@ PAPER = "The Reversible Residual Network, Gomez et al., arXiv 1707.04585"
 CIFAR = "[N, 3, 32, 32] float, RGB in [0, 1]"
 IMAGENET = "[N, 3, H, W] float, RGB in [-1, 1]; trained at 224"
 
-# Table 2, depth: units, widths, bottleneck, parameters. Those of the depth are convolutions on the longest path, and
-# the last layer: 4 or 6 a unit, and 2.
-TABLE_2 = {
+# The authors' configurations. depth: units, widths, bottleneck, parameters. The depth counts 4 convolutions a unit, with
+# bottleneck 6, the stem and the last layer.
+CONFIGURATIONS = {
     38: ((3, 3, 3), (32, 32, 64, 112), False, 464_890),
     110: ((9, 9, 9), (32, 32, 64, 128), False, 1_729_194),
     164: ((9, 9, 9), (32, 32, 64, 128), True, 1_748_778),
@@ -300,7 +300,7 @@ TABLE_2 = {
     104: ((2, 2, 11, 2), (128, 128, 256, 512, 832), True, 45_428_072),
 }
 
-for _depth, (_units, _widths, _bottleneck, _parameters) in TABLE_2.items():
+for _depth, (_units, _widths, _bottleneck, _parameters) in CONFIGURATIONS.items():
     _large = len(_units) == 4
     register_model(
         f"revnet{_depth}" if _large else f"revnet{_depth}_cifar",
