@@ -290,7 +290,7 @@ PAPER = "The Reversible Residual Network, Gomez et al., arXiv 1707.04585"
 CIFAR = "[N, 3, 32, 32] float, RGB in [0, 1]"
 IMAGENET = "[N, 3, H, W] float, RGB in [-1, 1]; trained at 224"
 
-# The authors' configurations. depth: units, widths, bottleneck, parameters. The depth counts 4 convolutions a unit, with
+# Depth: units, widths, bottleneck, parameters; from the authors' code. The depth counts 4 convolutions a unit, with
 # bottleneck 6, the stem and the last layer.
 CONFIGURATIONS = {
     38: ((3, 3, 3), (32, 32, 64, 112), False, 464_890),
