@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import sys
 
 import numpy as np
 import PIL.Image as PIL
 import pytest
 import torch
+import torchvision
 
-from pyzoo.data import CocoDetection, DigitScenes, VocDetection, detection_collate, digits, image_folder
+from pyzoo.data import (
+    CocoDetection,
+    DigitScenes,
+    VocDetection,
+    cifar10,
+    detection_collate,
+    digits,
+    image_folder,
+    mnist,
+)
 from pyzoo.metrics import coco_map
 
 # -------------------------------------------------------------------------------------------------------- digit scenes
@@ -251,9 +263,113 @@ def test_image_folder(tmp_path):
     assert not torch.equal(augmented[0][0], augmented[0][0])
 
 
+def make_cifar10(folder, monkeypatch, per_file=4):
+    """Returns all images, and makes torchvision expect the checksums of these files."""
+    base = folder / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (6, per_file, 3 * 32 * 32), dtype=np.uint8)
+    sums = {}
+    for i, name in enumerate([f"data_batch_{k}" for k in range(1, 6)] + ["test_batch", "batches.meta"]):
+        content = {"label_names": list("abcdefghij")}
+        if i < 6:
+            content = {"data": images[i], "labels": [(i + k) % 10 for k in range(per_file)]}
+        (base / name).write_bytes(pickle.dumps(content, protocol=2))
+        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    peer = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(peer, "train_list", [[f"data_batch_{k}", sums[f"data_batch_{k}"]] for k in range(1, 6)])
+    monkeypatch.setattr(peer, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(peer, "meta", {**peer.meta, "md5": sums["batches.meta"]})
+    return torch.from_numpy(images).view(6, per_file, 3, 32, 32) / 255
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    pixels = make_cifar10(tmp_path, monkeypatch)
+    train, test = cifar10(tmp_path), cifar10(tmp_path, "test")
+    torch.testing.assert_close(torch.stack([image for image, _ in train]), pixels[:5].flatten(0, 1))
+    torch.testing.assert_close(torch.stack([image for image, _ in test]), pixels[5])
+    assert [label for _, label in train] == [0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5, 3, 4, 5, 6, 4, 5, 6, 7]
+    assert [label for _, label in test] == [5, 6, 7, 8]
+    augmented = cifar10(tmp_path, augment=True)
+    torch.manual_seed(0)
+    views = [augmented[0][0] for _ in range(60)]
+    assert all(view.shape == (3, 32, 32) for view in views)
+    center = pixels[0, 0, :, 12:20, 12:20]
+
+    def holds(view, part):
+        windows = view.unfold(1, 8, 1).unfold(2, 8, 1)
+        return bool(((windows - part[:, None, None]).abs().amax((0, 3, 4)) < 1e-3).any())
+
+    straight, mirrored = (sum(holds(view, part) for view in views) for part in (center, center.flip(2)))
+    assert straight + mirrored == 60
+    assert 15 < straight < 45
+    assert len({view.numpy().tobytes() for view in views}) > 30
+
+
+def test_cifar10_runs_no_code_of_other_files(tmp_path, monkeypatch):
+    make_cifar10(tmp_path, monkeypatch)
+
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "evil").touch, ()
+
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"cifar10: the files in .* are not those of CIFAR10.*corrupted"):
+        cifar10(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def make_mnist(folder, images, labels):
+    """The four files of MNIST: a magic number, sizes, and bytes; numbers are big-endian."""
+    base = folder / "MNIST" / "raw"
+    base.mkdir(parents=True, exist_ok=True)
+    for split, (pixels, targets) in zip(("train", "t10k"), zip(images, labels, strict=True), strict=True):
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", targets)):
+            header = np.array([0x800 + array.ndim, *array.shape], dtype=">i4").tobytes()
+            (base / f"{split}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return base
+
+
+def test_mnist(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (n, 28, 28), dtype=np.uint8) for n in (5, 3)]
+    labels = [np.array([3, 1, 4, 1, 5], dtype=np.uint8), np.array([9, 2, 6], dtype=np.uint8)]
+    base = make_mnist(tmp_path, images, labels)
+    for data, pixels, targets in zip((mnist(tmp_path), mnist(tmp_path, "test")), images, labels, strict=True):
+        torch.testing.assert_close(torch.cat([image for image, _ in data]), torch.from_numpy(pixels) / 255)
+        assert [label for _, label in data] == targets.tolist()
+    make_mnist(tmp_path, images, [labels[0][:4], labels[1]])
+    with pytest.raises(ValueError, match=r"mnist: the files in .* have 5 images, 4 labels"):
+        mnist(tmp_path)
+    for content in (b"", b"nothing of that kind", (base / "train-images-idx3-ubyte").read_bytes()[:100]):
+        (base / "train-images-idx3-ubyte").write_bytes(content)
+        with pytest.raises(ValueError, match=r"mnist: the files in .* are not those of MNIST"):
+            mnist(tmp_path)
+
+
+@pytest.mark.parametrize(("make", "peer"), [(cifar10, "CIFAR10"), (mnist, "MNIST")])
+def test_downloads_only_if_told_to(tmp_path, monkeypatch, make, peer):
+    asked = []
+
+    def download(self):
+        asked.append(self.root)
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(getattr(torchvision.datasets, peer), "download", download)
+    with pytest.raises(FileNotFoundError, match=f"{make.__name__}: there is no"):
+        make(tmp_path)
+    assert not asked
+    with pytest.raises(ConnectionError, match="no network here"):
+        make(tmp_path, download=True)
+    assert asked
+    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"):
+        make(tmp_path, "val")
+
+
 @pytest.mark.parametrize(
     ("make", "layout"),
     [
+        (cifar10, "cifar-10-batches-py/data_batch_1"),
+        (mnist, "MNIST/raw/train-images-idx3-ubyte"),
         (CocoDetection, "annotations/instances_train2017.json"),
         (VocDetection, "Annotations"),
         (image_folder, "n01443537"),
