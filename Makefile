@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
-CPP := $(shell find csrc -type f)
+CPP := $(shell find csrc tests/emulator -type f)
 
 .PHONY: help demo test bench lint format asan gpu clean
 
@@ -14,7 +14,7 @@ help:
 	@echo 'make test     the test suite'
 	@echo 'make bench    every benchmark: out/bench'
 	@echo 'make lint     what CI checks: ruff, clang-format; make format fixes it'
-	@echo 'make asan     the tests of the kernels under the address and undefined behaviour sanitizers (g++)'
+	@echo 'make asan     the tests of the kernels, CUDA ones emulated, under the address and undefined behaviour sanitizers'
 	@echo 'make gpu      build, tests and benchmarks on a GPU, with what the Python at hand has: out/gpu, benchmarks/results'
 	@echo 'make clean    removes all that was built; .venv stays'
 	@echo 'PYTHON=python3.12 chooses the interpreter, VENV=path another place than .venv'
@@ -55,13 +55,14 @@ format: $(LINTERS)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# In a copy of the tree, so that the build in use stays as it is. Left out is what takes long there and runs no more of our code.
+# In a copy of the tree, so that the build in use stays as it is; CUDA kernels are emulated on the CPU. Left out is what takes long
+# there and runs no more of our code.
 # A finding ends the process: with --capture=sys its report is seen.
 ASAN := build/asan
 ASAN_CXX ?= g++
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
 ASAN_TREE := setup.py pyproject.toml README.md LICENSE csrc pyzoo benchmarks tests
-ASAN_TESTS := tests/test_ops.py tests/test_numpy.py $(wildcard tests/test_fuzz*.py $(patsubst csrc/%,tests/test_%.py,$(wildcard csrc/*)))
+ASAN_TESTS := tests/test_ops.py tests/test_gpu_kernels.py tests/test_numpy.py $(wildcard tests/test_fuzz*.py $(patsubst csrc/%,tests/test_%.py,$(wildcard csrc/*)))
 ASAN_SKIP := triton or compile or export or opcheck or gradcheck or gradgradcheck or func or more_than_int32
 
 asan: $(INSTALLED)
@@ -69,7 +70,7 @@ asan: $(INSTALLED)
 	mkdir -p $(ASAN)
 	cd $(ASAN) && rm -rf $(ASAN_TREE)
 	cp -Rp $(ASAN_TREE) $(ASAN)
-	cd $(ASAN) && CXX='$(ASAN_CXX)' CXXFLAGS='-O1 -g1 -fno-omit-frame-pointer $(ASAN_FLAGS)' LDFLAGS='$(ASAN_FLAGS)' PYZOO_CUDA=0 \
+	cd $(ASAN) && CXX='$(ASAN_CXX)' CXXFLAGS='-O1 -g1 -fno-omit-frame-pointer $(ASAN_FLAGS)' LDFLAGS='$(ASAN_FLAGS)' PYZOO_CUDA=emulate \
 	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $(ASAN_CXX) -print-file-name=lib$$lib.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYZOO_FUZZ=$${PYZOO_FUZZ:-50} \

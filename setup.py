@@ -53,8 +53,8 @@ def amount_of_code(source: Path) -> tuple[int, Path]:
     return sum(file.stat().st_size for file in source.parent.iterdir()), source
 
 
-def find_nvcc() -> str | None:
-    """The nvcc to use, or None for a build without CUDA; says what was decided and why."""
+def find_cuda() -> tuple[str, Path] | None:
+    """nvcc and the folder of cudart to link, or None for a build without CUDA; says what was decided and why."""
     want = os.environ.get("PYZOO_CUDA", "auto")
     if want not in ("auto", "0", "1"):
         raise SystemExit(f"pyzoo build: PYZOO_CUDA must be auto, 0, 1 or emulate, got {want!r}")
@@ -67,30 +67,35 @@ def find_nvcc() -> str | None:
     if nvcc:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = re.search(r"release (\d+)", told)
-        if release and int(release[1]) >= 12:
+        plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        toolkit = re.search(r"TOP=(\S+)", plan)  # nvcc on PATH may be a link or a script
+        top = Path(toolkit[1]) if toolkit else Path(nvcc).resolve().parent.parent
+        found = [
+            library
+            for folder in ("lib64", "lib", "targets/*/lib")
+            for library in top.glob(f"{folder}/libcudart_static.a")
+        ]
+        if not release or int(release[1]) < 12:
+            problem = f"{nvcc} is older than CUDA 12"
+        elif not found:
+            problem = f"{nvcc} comes without libcudart_static.a"
+        else:
             say(f"CUDA kernels with {nvcc}")
-            return nvcc
-        problem = f"{nvcc} is older than CUDA 12"
+            return nvcc, found[0].parent
     if want == "1":
         raise SystemExit(f"pyzoo build: PYZOO_CUDA=1 but {problem}; install the CUDA toolkit (>= 12)")
     say(f"CPU only: {problem} (set PYZOO_CUDA=1 to insist)")
     return None
 
 
-def cuda_rule(nvcc: str, flags: list[str]) -> tuple[str, list[str], list[str]]:
-    """How ninja compiles a .cu, with what else the C++ sources are compiled, and what is linked."""
+def cuda_flags() -> tuple[list[str], str]:
+    """For nvcc: the GPUs to compile for, and other flags; and their names, for the binary to tell."""
     archs = os.environ.get("PYZOO_CUDA_ARCHS", "80 90").replace(",", " ").replace(".", "").split()
-    gpus = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    gpus.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    define = f'-DPYZOO_CUDA_ARCHS="{" ".join(archs)}"'
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", "--cudart=static", "-O3", "-std=c++17"]
     # No fused multiply-add but where a kernel asks for one: coordinates and overlaps come out as on the CPU.
-    options = ["--cudart=static", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "--fmad=false", "-Xptxas=-v"]
-    command = shlex.join([nvcc, *gpus, *options, define, *flags, "-Xcompiler=-fPIC,-fvisibility=hidden"])
-    # What ptxas tells of registers and spills goes to a file beside the object, for the tests.
-    rule = f"{command} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ cat $out.log; exit 1; }}"
-    toolkit = Path(nvcc).resolve().parent.parent
-    libraries = [f"-L{toolkit / folder}" for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    return rule, [define], [*libraries, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    flags += ["--fmad=false", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    return flags, " ".join(archs)
 
 
 class NinjaBuild(build_ext):
@@ -129,10 +134,14 @@ class NinjaBuild(build_ext):
             emulator = ["-x", "c++", f"-I{ROOT / 'tests' / 'emulator'}", "-Wno-unknown-pragmas"]
             cuda = f"{shlex.join([*cxx, *flags, *emulator])} -MMD -MF $out.d -c $in -o $out"
             flags.append('-DPYZOO_CUDA_ARCHS="emulated"')
-        elif nvcc := find_nvcc():
-            cuda, defines, cuda_libraries = cuda_rule(nvcc, [f"-I{ROOT / 'csrc'}"])
-            flags += defines
-            libraries += cuda_libraries
+        elif found := find_cuda():
+            nvcc, cudart = found
+            gpu_flags, archs = cuda_flags()
+            flags.append(f'-DPYZOO_CUDA_ARCHS="{archs}"')
+            # What ptxas tells of registers and spills goes to a file beside the object, for the tests.
+            cuda = shlex.join([nvcc, *gpu_flags, flags[-1], f"-I{ROOT / 'csrc'}"])
+            cuda += " -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }"
+            libraries += [f"-L{cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         if cuda:
             sources = cuda_sources + sources
 

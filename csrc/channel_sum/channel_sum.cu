@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads) channel_sum_kernel(FeatureMap map, i
   A sum = 0;
   if (c < map.channels)
     for (int64_t i = part * width + first; i < pixels; i += parts * width) {
-      const int64_t image = i / map.pixels(), p = i % map.pixels();
-      sum += to_float(map.at<const T>(image, c)[p / map.width * map.row_stride + p % map.width * map.pixel_stride]);
+      const int32_t p = int32_t(i % map.pixels()), columns = int32_t(map.width);
+      sum += to_float(map.at<const T>(i / map.pixels(), c)[p / columns * map.row_stride + p % columns * map.pixel_stride]);
     }
   if (!kChannelsLast) sum = warp_sum(sum);
   of_warp(warp, lane) = sum;
