@@ -1,6 +1,5 @@
-"""Writes the table of ratios into README.md: ``python -m benchmarks.readme_table benchmarks/results/NAME.json``.
-
-The file is what ``pyzoo bench --json FILE`` writes.
+"""Writes the tables of README.md: ``python -m benchmarks.readme_table`` that of the models, as ``pyzoo models`` prints
+it; with ``benchmarks/results/NAME.json``, which ``pyzoo bench --json FILE`` writes, that of the ratios, too.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ import json
 import sys
 from pathlib import Path
 
+from pyzoo.models._registry import table as models_table
+
 from . import suite
 from .page import format_ratio
 
 README = suite.ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def table(document: dict) -> str:
@@ -26,24 +26,28 @@ def table(document: dict) -> str:
     return "\n".join([*lines, "", f"{suite.summary_line(document)}; {what}; commit {document['commit']}."])
 
 
-def insert(text: str, content: str) -> str:
-    """``text`` with ``content`` between the markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def insert(text: str, mark: str, content: str) -> str:
+    """``text`` with ``content`` between the two marks."""
+    first, last = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"{README.name} must have the lines {BEGIN} and {END}")
+        raise ValueError(f"{README.name} must have the lines {first} and {last}")
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) != 1:
+    if len(argv) > 1:
         sys.exit(__doc__)
-    document = json.loads(Path(argv[0]).read_text())
-    if problems := suite.problems(document["results"]):
-        sys.exit("\n".join(problems))
-    if busy := suite.busy(document):
-        print(busy, file=sys.stderr)
-    README.write_text(insert(README.read_text(), table(document)))
+    text = insert(README.read_text(), "models", models_table())
+    if argv:
+        document = json.loads(Path(argv[0]).read_text())
+        if problems := suite.problems(document["results"]):
+            sys.exit("\n".join(problems))
+        if busy := suite.busy(document):
+            print(busy, file=sys.stderr)
+        text = insert(text, "bench", table(document))
+    README.write_text(text)
     return 0
 
 

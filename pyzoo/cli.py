@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs ``pyzoo VERB ...`` and returns the exit status."""
     parser = argparse.ArgumentParser(prog="pyzoo", description="Fast vision kernels for PyTorch and NumPy.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (add_info, add_bench, add_tune, add_reproduce):
+    for add in (add_info, add_models, add_bench, add_tune, add_reproduce):
         add(verbs)
     args = parser.parse_args(argv)
     try:
@@ -34,6 +34,17 @@ def info(args: argparse.Namespace) -> int | None:
     from pyzoo import info
 
     return info.main()
+
+
+def add_models(verbs) -> None:
+    help = "papers, models, parameters, as a Markdown table"
+    verbs.add_parser("models", help=help).set_defaults(run=models)
+
+
+def models(args: argparse.Namespace) -> None:
+    from pyzoo.models._registry import table
+
+    print(table())
 
 
 def add_bench(verbs) -> None:

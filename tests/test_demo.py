@@ -17,6 +17,8 @@ Image = pytest.importorskip("PIL.Image")
 ImageDraw = pytest.importorskip("PIL.ImageDraw")
 
 import pyzoo.ops  # noqa: E402
+from benchmarks import readme_table  # noqa: E402
+from pyzoo.models._registry import table as models_table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DISC = (60.0, 20.0, 160.0, 120.0)
@@ -120,10 +122,12 @@ def test_readme_names_files_that_exist(readme):
 
 
 def test_readme_table_is_written_between_its_marks(readme):
-    from benchmarks import readme_table
-
-    written = readme_table.insert(readme, "| a table |")
+    written = readme_table.insert(readme, "bench", "| a table |")
     assert written.count("| a table |") == 1
-    assert readme_table.insert(written, "") == readme_table.insert(readme, "")
+    assert readme_table.insert(written, "bench", "") == readme_table.insert(readme, "bench", "")
     with pytest.raises(ValueError, match="bench:begin"):
-        readme_table.insert("nothing", "| a table |")
+        readme_table.insert("nothing", "bench", "| a table |")
+
+
+def test_readme_has_all_models(readme):
+    assert readme_table.insert(readme, "models", models_table()) == readme, "run python -m benchmarks.readme_table"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -60,6 +63,33 @@ def _entries() -> dict[str, Entry]:
 def list_models(pattern: str = "*") -> list[str]:
     """The names of all models that match a shell pattern, as ``"resnet*"``."""
     return sorted(name for name in _entries() if fnmatch(name, pattern))
+
+
+def table() -> str:
+    """All models by paper, with what ``pyzoo reproduce`` shows of it, in Markdown: README.md has it."""
+    lines = ["| paper | models | parameters | `pyzoo reproduce` |", "|---|---|---|---|"]
+    by_paper: dict[str, list[Entry]] = {}
+    for entry in _entries().values():
+        build = getattr(entry.build, "func", entry.build)  # of a functools.partial
+        by_paper.setdefault(build.__module__.rpartition(".")[2], []).append(entry)
+    for paper, entries in by_paper.items():
+        numbers = sorted(entry.parameters for entry in entries)
+        parameters = " .. ".join(f"{n / 1e6:.1f} M" for n in dict.fromkeys((numbers[0], numbers[-1])))
+        source = Path(__file__).parents[1] / "reproduce" / f"{paper}.py"
+        shows = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
+        names = ", ".join(f"`{name}`" for name in _abbreviated([entry.name for entry in entries]))
+        lines.append(f"| {entries[0].paper} | {names} | {parameters} | `{paper}`: {shows} |")
+    return "\n".join(lines)
+
+
+def _abbreviated(names: list[str]) -> list[str]:
+    """resnet18, resnet34 -> resnet{18,34}."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        before, number, after = re.fullmatch(r"(\D*)(\d*)(.*)", name).groups()
+        families.setdefault((before, after), []).append(number)
+    braced = {key: numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}" for key, numbers in families.items()}
+    return [f"{before}{number}{after}" for (before, after), number in braced.items()]
 
 
 def model_entry(name: str) -> Entry:
