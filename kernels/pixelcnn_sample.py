@@ -352,7 +352,10 @@ def _pixelcnn_sample_kernel(
                 _horizontal_stack(p_table, p_weights, p_region, x, c, layers, COLORS, BLOCK_K, BLOCK_N)
                 i_value = ((i_image * COLORS + c) * height + y) * width + x
                 value = tl.load(p_samples + i_value)
-                if WITH_LOGITS or value == UNKNOWN:
+                wanted = WITH_LOGITS  # of this color, or of one after it, which reads what the head makes of this one
+                for later in range(COLORS - c):
+                    wanted |= tl.load(p_samples + i_value + later * height * width) == UNKNOWN
+                if wanted:
                     p_last = p_region + tl.load(p_after + 22) + x * last_width
                     p_out = _head(p_head, p_weights, p_region, p_last, c, head_layers, COLORS, BLOCK_K, BLOCK_N)
                     p_out += c * levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -121,6 +122,21 @@ def poison():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request):
+    """Each backend for a GPU that can run without one: Triton in its interpreter, CUDA in a core that emulates it."""
+    import pyzoo
+    from pyzoo._ext import C
+
+    name = request.param
+    if name == "cuda" and C.build_info()["cuda_archs"] != "emulated":
+        pytest.skip("the core was not built with PYZOO_CUDA=emulate")
+    if name == "triton" and not (INTERPRET_TRITON and importlib.util.find_spec("triton")):
+        pytest.skip("Triton has no interpreter here")
+    with pyzoo.backend(name):
+        yield name
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ On a machine with a GPU, ``PYZOO_TEST_DEVICE=cuda PYZOO_BACKEND=triton`` (or ``c
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import pyzoo
 from pyzoo import _backend
-from pyzoo._ext import C
 from pyzoo.ops import reversible as coupling
 from pyzoo.ops.channel_sum import channel_sum
 from tests import test_ops
-from tests.conftest import INTERPRET_TRITON
 from tests.specs import batched_nms, inputs, nms
 from tests.stacks import check_step, make_input, make_stack
 
@@ -27,17 +24,6 @@ ROOT = Path(__file__).parent.parent
 SLICES = {path.stem for path in (ROOT / "kernels").glob("[a-z]*.py")}
 SPECS = [spec for spec in test_ops.SPECS if spec.op.__module__.rpartition(".")[2] in SLICES]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, on what a mask then drops
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def gpu_backend(request):
-    name = request.param
-    if name == "cuda" and C.build_info()["cuda_archs"] != "emulated":
-        pytest.skip("the core was not built with PYZOO_CUDA=emulate")
-    if name == "triton" and not (INTERPRET_TRITON and importlib.util.find_spec("triton")):
-        pytest.skip("Triton has no interpreter here")
-    with pyzoo.backend(name):
-        yield name
 
 
 def some(found: list, spec, dtype, layout) -> list:

@@ -17,7 +17,6 @@ from pyzoo.ops import (
     pixelcnn_sample_reference,
 )
 from pyzoo.ops.pixelcnn_sample import _UNKNOWN, _addends, _color_mask, _flat
-from tests.conftest import INTERPRET_TRITON
 from tests.specs import inputs
 from tests.specs.pixelcnn_sample import errors, network_errors, random_network, random_uniforms
 
@@ -211,21 +210,28 @@ def test_gate_is_exact_to_a_few_units(dtype, isa, set_isa):
     assert ((logits[:, 0] - expected).abs() <= tolerance * unit * expected).all()
 
 
-# ----------------------------------------------------------------------------------------------- Triton's interpreter
+def check_drawn_where_the_first_color_is_known():
+    """Although nothing is drawn of the first color, the head of the others reads what it makes of that."""
+    for seed in range(3):
+        network = random_network(3, 8, 12, 1, seed=seed)
+        image = torch.randint(8, (2, 3, 2, 3), generator=inputs.generator(seed))
+        known = torch.zeros(2, 3, 2, 3, dtype=torch.bool)
+        known[:, 0] = True
+        arguments = {"uniforms": random_uniforms(2, network, 2, 3), "image": image, "known": known}
+        drawn = pixelcnn_sample(network, (2, 2, 3), **arguments)
+        assert torch.equal(drawn, check_equal_to_naive(network, (2, 2, 3), **arguments))
 
 
-@pytest.fixture
-def triton():
-    pytest.importorskip("triton")
-    if not INTERPRET_TRITON:
-        pytest.skip("there is a GPU")
-    with pyzoo.backend("triton"):
-        yield
+def test_draws_a_color_where_those_before_are_known():
+    check_drawn_where_the_first_color_is_known()
+
+
+# ------------------------------------------------------------------------------------------------- kernels for a GPU
 
 
 @pytest.mark.parametrize("kinds", [("vector", "map"), ("map", None), (None, "vector")], ids=str)
 @pytest.mark.parametrize(("channels", "first_kernel", "kernel"), [(1, 5, 3), (3, 3, 5)])
-def test_triton_draws_the_same(channels, first_kernel, kernel, kinds, triton, poison):
+def test_gpu_kernel_draws_the_same(channels, first_kernel, kernel, kinds, gpu_backend, poison):
     network = random_network(channels, 4, 6 * channels, 1, first_kernel, kernel, 5 * channels)
     condition, uniforms = random_condition(network, 2, 3, 4, kinds), random_uniforms(2, network, 3, 4)
     samples = check_equal_to_naive(network, (2, 3, 4), condition, uniforms=uniforms)
@@ -233,7 +239,7 @@ def test_triton_draws_the_same(channels, first_kernel, kernel, kinds, triton, po
         assert torch.equal(samples, pixelcnn_sample(network, (2, 3, 4), condition, uniforms=uniforms))
 
 
-def test_triton_draws_the_same_from_many_levels_and_channels(triton, poison):
+def test_gpu_kernel_draws_the_same_from_many_levels_and_channels(gpu_backend, poison):
     """More than one block of each."""
     network = random_network(2, 300, 140, 0, 3, 3, 4)
     check_equal_to_naive(network, (1, 1, 2), uniforms=random_uniforms(1, network, 1, 2))
@@ -241,7 +247,7 @@ def test_triton_draws_the_same_from_many_levels_and_channels(triton, poison):
     check_equal_to_naive(network, (1, 1, 17), uniforms=random_uniforms(1, network, 1, 17))
 
 
-def test_triton_keeps_known_values(triton, poison):
+def test_gpu_kernel_keeps_known_values(gpu_backend, poison):
     network = random_network(3, 4, 6, 1)
     uniforms, generator = random_uniforms(2, network, 3, 3), inputs.generator()
     image = torch.randint(4, (2, 3, 3, 3), generator=generator)
@@ -252,14 +258,18 @@ def test_triton_keeps_known_values(triton, poison):
     assert torch.equal(samples, pixelcnn_sample(network, (2, 3, 3), temperature=0.7, **arguments))  # no logits wanted
 
 
-def test_triton_in_lower_precision(triton, poison):
+def test_gpu_kernel_draws_a_color_where_those_before_are_known(gpu_backend, poison):
+    check_drawn_where_the_first_color_is_known()
+
+
+def test_gpu_kernel_in_lower_precision(gpu_backend, poison):
     for dtype in (torch.float32, torch.bfloat16):
         network = random_network(3, 16, 24, 1, 5, 3, 24, dtype)
         condition = random_condition(network, 2, 2, 3, ("vector", "map"))
         check_drawn_from_reference(network, (2, 2, 3), random_uniforms(2, network, 2, 3), condition)
 
 
-def test_triton_draws_a_level_whatever_the_weights(triton):
+def test_gpu_kernel_draws_a_level_whatever_the_weights(gpu_backend):
     network = random_network(1, 4, 6, 1)
     for value in (torch.nan, torch.inf, -torch.inf):
         layers = [replace(layer, link_bias=torch.full((12,), value)) for layer in network.layers]
@@ -274,7 +284,7 @@ def test_triton_draws_a_level_whatever_the_weights(triton):
         assert (pixelcnn_sample(network, (1, 2, 2), uniforms=torch.full((1, 1, 2, 2), u)) == level).all()
 
 
-def test_triton_does_not_look_at_masked_weights(triton):
+def test_gpu_kernel_does_not_look_at_masked_weights(gpu_backend):
     network, spoiled = random_network(3, 4, 6, 1), spoil(random_network(3, 4, 6, 1))
     uniforms = random_uniforms(1, network, 2, 3)
     expected = pixelcnn_sample(network, (1, 2, 3), uniforms=uniforms)

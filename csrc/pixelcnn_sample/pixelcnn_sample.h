@@ -30,5 +30,7 @@ constexpr int64_t kUnknownSample = INT64_MIN;
 // Fills in the unknown values of `samples`, int64 [B, C, H, W], one uniform (float64, same shape) each; `logits` [B, C, K, H, W] or null.
 void pixelcnn_sample_cpu(const std::vector<PixelCNNLayer>& layers, const PixelCNNHead& head, const Tensor& uniforms, const Tensor& samples,
                          const Tensor* logits, double temperature);
+void pixelcnn_sample_cuda(const std::vector<PixelCNNLayer>& layers, const PixelCNNHead& head, const Tensor& uniforms, const Tensor& samples,
+                          const Tensor* logits, double temperature);
 
 }  // namespace pyzoo
