@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
 from pyzoo.ops import MaskedConv2d, PixelCNNLayer, PixelCNNNetwork, pixelcnn_sample
+from pyzoo.ops.masked_conv2d import live_weights
 
 # ----------------------------------------------------------------------------------------------------------- likelihood
 
@@ -112,6 +113,8 @@ class Autoregressive(nn.Module):
     ) -> Tensor:
         """Images [N, C, H, W] for ``size`` (N, H, W), by a full pass for each value. Arguments as of
         :func:`pyzoo.ops.pixelcnn_sample`."""
+        if (image is None) != (known is None):
+            raise ValueError(f"{type(self).__name__}: image and known go together, got only one of them")
         shape, device = (size[0], self.channels, *size[1:]), next(self.parameters()).device
         s = self.condition_map(h, size)
         if uniforms is None:
@@ -180,6 +183,18 @@ class GatedLayer(nn.Module):
         )
 
 
+def init_weights(model: nn.Module) -> None:
+    """LeCun's normal initialisation, 1 / sqrt(n) of the n weights that count, and no bias: gates shrink what they get,
+    and with PyTorch's, which counts what is masked, they would learn slower still."""
+    for m in model.modules():
+        if isinstance(m, MaskedConv2d):
+            with torch.device("cpu"):
+                live = live_weights(m.gates * m.colors, m.colors, m.kernel_size, m.mask, colors=m.colors, gates=m.gates)
+            fan_in = int(live.sum()) / len(live) * m.in_channels / m.colors
+            nn.init.normal_(m.weight, std=max(fan_in, 1) ** -0.5)
+            nn.init.zeros_(m.bias)
+
+
 def make_head(width: int, hidden: int, channels: int, levels: int) -> nn.Sequential:
     """Two 1x1 convolutions, each after a ReLU: [N, width, H, W] -> [N, channels * levels, H, W]."""
     conv = partial(MaskedConv2d, kernel_size=1, mask="B", colors=channels)
@@ -224,6 +239,7 @@ class GatedPixelCNN(Autoregressive):
         self.layers = nn.ModuleList([layer(channels, width, first_kernel, first=True)])
         self.layers.extend(layer(width, width, kernel, first=False) for _ in range(layers))
         self.head = make_head(width, head, channels, levels)
+        init_weights(self)
 
     def logits(self, image: Tensor, s: Tensor | None = None) -> Tensor:
         v = h = image
@@ -255,7 +271,7 @@ class GatedPixelCNN(Autoregressive):
         s, terms = self.condition_map(h, size), None
         if s is not None:
             terms = [(layer.vertical_condition(s), layer.horizontal_condition(s)) for layer in self.layers]
-            terms = terms if self.location else [tuple(t.flatten(1) for t in pair) for pair in terms]
+            terms = terms if self.location is not None else [tuple(t.flatten(1) for t in pair) for pair in terms]
         return pixelcnn_sample(self.network(), size, terms, **options)
 
 
@@ -372,6 +388,7 @@ class PixelCNN(Autoregressive):
         self.first = MaskedConv2d(channels, 2 * width, first_kernel, mask="A", colors=channels)
         self.blocks = nn.Sequential(*(Residual(width, kernel, channels) for _ in range(layers)))
         self.head = make_head(2 * width, head, channels, levels)
+        init_weights(self)
 
     def logits(self, image: Tensor, s: None = None) -> Tensor:
         return self.head(self.blocks(self.first(image))).unflatten(1, (self.channels, self.levels))
