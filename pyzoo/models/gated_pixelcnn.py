@@ -87,8 +87,8 @@ class Autoregressive(nn.Module):
         if h.shape != shape:
             raise ValueError(f"{name}: h must have shape {list(shape)} if of {h.dtype}, got {list(h.shape)}")
         if not h.is_floating_point():
-            bad = h[(h < 0) | (h >= self.condition)]
-            if bad.numel():
+            bad = () if torch.compiler.is_compiling() else h[(h < 0) | (h >= self.condition)]
+            if len(bad):
                 raise ValueError(f"{name}: h must be classes in [0, {self.condition}), got {int(bad[0])}")
             h = F.one_hot(h.long(), self.condition)
         h = h.to(parameter.dtype)
@@ -313,6 +313,9 @@ class PixelCNNAutoEncoder(nn.Module):
         **decoder,
     ):
         super().__init__()
+        if min(size) < 4 or bottleneck < 1:
+            got = f"{list(size)} and {bottleneck}"
+            raise ValueError(f"PixelCNNAutoEncoder: size must be at least 4 x 4 and bottleneck 1, got {got}")
         self.decoder = GatedPixelCNN(condition=bottleneck, **decoder)
         self.size = tuple(size)
         self.encoder = nn.Sequential(

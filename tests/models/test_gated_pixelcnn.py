@@ -276,6 +276,14 @@ def test_cached_samples_are_those_of_full_passes(channels, options, h):
     assert torch.equal(seeded(True), seeded(False))
 
 
+@pytest.mark.parametrize("options", [{}, {"condition": 5}, {"condition": 5, "location": (5, 6)}])
+def test_compiles(options):
+    model = make(channels=3, **options)
+    x, h = random_image(model), torch.tensor([4, 0]) if options else None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, h), model(x, h), rtol=1e-12, atol=1e-12)
+
+
 def test_sampling_follows_the_probabilities():
     """8000 images of 2 x 2 pixels that are black or white, against the 16 probabilities."""
     for model in (make(levels=2), make(levels=2, gated=False), make(PixelCNN, levels=2)):
@@ -365,6 +373,16 @@ def test_refuses_bad_conditions(h, error, message):
         (
             lambda: PixelCNNAutoEncoder(2, (8, 8), channels=1, width=4, head=4)(torch.zeros(1, 1, 8, 9).int()),
             r"images must be \[8, 8\], got \[8, 9\]",
+        ),
+        (lambda: PixelCNNAutoEncoder(2, (8, 3)), r"size must be at least 4 x 4 and bottleneck 1, got \[8, 3\] and 2"),
+        (lambda: PixelCNNAutoEncoder(0), r"got \[32, 32\] and 0"),
+        (
+            lambda: make(PixelCNN).sample((1, 2, 2), known=torch.tensor(True)),
+            "PixelCNN: image and known go together, got only one",
+        ),
+        (
+            lambda: make(PixelCNN).sample((1, 2, 2), image=torch.full((1, 1, 2, 2), 4), known=torch.tensor(True)),
+            r"PixelCNN: x must be in \[0, 4\), got 4",
         ),
         (
             lambda: make().sample((1, 2, 2), image=torch.full((1, 1, 2, 2), 4), known=torch.tensor(True)),
