@@ -98,7 +98,7 @@ def reproduce(report: Report) -> None:
         measured = f"{best:.3f}, not {bits[name]:.3f}, the mean of {RUNS} runs"
         report.check(what, claimed, measured, best < bits[name] - margin)
     equal = bits["two stacks, ReLU, more maps"]
-    report.note(f"more units of ReLU, with as many weights as the gated ones, have {equal:.3f}: here that is no matter")
+    report.note(f"more units of ReLU, with as many weights as the gated ones, have {equal:.3f}: nothing to claim there")
 
     model = trained(partial(GatedPixelCNN, condition=10, **GATED), images, labels)
     told = bits_of(model, tests, test_labels)
