@@ -9,6 +9,9 @@ import torch
 
 import pyzoo
 from pyzoo.models import model_entry, register_model
+from pyzoo.models.gated_pixelcnn import bits_per_dim
+from pyzoo.nn import MaskedConv2d
+from pyzoo.ops.masked_conv2d import live_weights
 
 ALL = pyzoo.list_models()
 
@@ -20,8 +23,10 @@ def make_tiny(name: str, seed: int = 0):
 
 
 def make_batch(entry, count: int = 2):
-    """Images, and targets for a detector: an object, and then none."""
+    """Images, and targets: classes; for a detector an object, and then none."""
     height, width = entry.size
+    if entry.task == "generation":
+        return torch.randint(entry.tiny["levels"], (count, 3, height, width)), torch.arange(count)
     if entry.task == "classification":
         return torch.randn(count, 3, height, width), torch.arange(count)
     images = [torch.rand(3, height, width), torch.rand(3, height, width - 3)][:count]
@@ -34,7 +39,14 @@ def make_batch(entry, count: int = 2):
     return images, targets
 
 
+def run(entry, model, inputs, targets):
+    """A conditional model is given the classes."""
+    return model(inputs, targets) if "condition" in entry.tiny else model(inputs)
+
+
 def loss_of(entry, model, inputs, targets):
+    if entry.task == "generation":
+        return bits_per_dim(run(entry, model, inputs, targets), inputs)
     if entry.task == "classification":
         return torch.nn.functional.cross_entropy(model(inputs), targets)
     return sum(model(inputs, targets).values())
@@ -45,7 +57,13 @@ def test_parameters(name):
     entry = model_entry(name)
     with torch.device("meta"):
         model = entry.build()
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == entry.parameters
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for m in model.modules():
+        if isinstance(m, MaskedConv2d):
+            channels = m.out_channels, m.in_channels
+            live = live_weights(*channels, m.kernel_size, m.mask, colors=m.colors, gates=m.gates, groups=m.groups)
+            learned -= int((~live).sum())
+    assert learned == entry.parameters
     assert "arXiv" in entry.paper
     assert entry.input
 
@@ -77,13 +95,13 @@ def test_evaluates(name):
     """The same images give the same, in either memory format; an image does not depend on those beside it."""
     entry, model = make_tiny(name)
     model.eval()
-    inputs, _ = make_batch(entry)
+    inputs, targets = make_batch(entry)
     with torch.no_grad():
-        expected = model(inputs)
-        assert_equal(model(inputs), expected)
-        assert_equal(model(inputs[:1]), expected[:1])
+        expected = run(entry, model, inputs, targets)
+        assert_equal(run(entry, model, inputs, targets), expected)
+        assert_equal(run(entry, model, inputs[:1], targets[:1]), expected[:1])
         model.to(memory_format=torch.channels_last)
-        assert_equal(model(inputs), expected)
+        assert_equal(run(entry, model, inputs, targets), expected)
 
 
 def assert_equal(actual, expected):
@@ -99,9 +117,10 @@ def test_state_dict(name):
     torch.save(model.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    inputs, _ = make_batch(entry)
+    inputs, targets = make_batch(entry)
     with torch.no_grad():
-        torch.testing.assert_close(other.eval()(inputs), model.eval()(inputs), rtol=0, atol=0)
+        expected = run(entry, model.eval(), inputs, targets)
+        torch.testing.assert_close(run(entry, other.eval(), inputs, targets), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if model_entry(name).task == "detection"])

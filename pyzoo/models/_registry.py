@@ -15,7 +15,18 @@ from typing import Any
 from torch import nn
 
 # One module a paper. Each registers its models when it is imported.
-PAPERS = ("resnet", "vgg", "spp_net", "fpn", "faster_rcnn", "mask_rcnn", "ssd", "yolo_v1", "revnet")
+PAPERS = (
+    "resnet",
+    "vgg",
+    "spp_net",
+    "fpn",
+    "faster_rcnn",
+    "mask_rcnn",
+    "ssd",
+    "yolo_v1",
+    "gated_pixelcnn",
+    "revnet",
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,12 @@ class Entry:
         name: what :func:`create_model` takes.
         build: makes the model; keyword arguments override its defaults.
         paper: title, first author and arXiv number.
-        task: ``"classification"``, logits of a batch of images; or ``"detection"``, torchvision's contract: a list of
-            images, with targets in training, becomes a dict of losses or a list of dicts of boxes, labels and scores.
+        task: ``"classification"``, logits of a batch of images; ``"detection"``, torchvision's contract: a list of
+            images, with targets in training, becomes a dict of losses or a list of dicts of boxes, labels and scores;
+            or ``"generation"``, logits [N, C, K, H, W] of a batch of images [N, C, H, W] of K levels, and of what they
+            are conditioned on, if anything.
         input: what images the model wants: shape, dtype, color order, range, normalisation.
-        parameters: how many numbers the model of the paper learns, exactly.
+        parameters: how many numbers the model of the paper learns, exactly; masked weights do not count.
         tiny: arguments that make it small enough for a test.
         size: height and width of an image for the tiny model.
     """
