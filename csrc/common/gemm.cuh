@@ -388,6 +388,26 @@ __device__ void multiply(Tile& tile, const Operand<T, A>& a, const Operand<T, B>
   }
 }
 
+// Where tiles are few, their sums are cut into so many parts as fill a GPU, of some steps each.
+inline int64_t parts_of(int64_t tiles, int64_t steps) {
+  constexpr int64_t kBlocks = 528, kLeastSteps = 8;
+  return std::max<int64_t>(1, std::min(kBlocks / std::max<int64_t>(1, tiles), steps / kLeastSteps));
+}
+
+// The parts of a sum, added up in their order; four at a time, as the way to the memory is long.
+template <class A>
+__device__ A add_parts(const A* sums, int64_t parts, int64_t stride) {
+  A total[4] = {};
+  int64_t part = 0;
+#pragma unroll 1
+  for (; part + 4 <= parts; part += 4)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] += sums[(part + i) * stride];
+#pragma unroll 1
+  for (; part < parts; ++part) total[0] += sums[part * stride];
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
 // Calls f(row, column, sum) for all sums, neighbours in a row or in a column at the same time.
 template <class Tile, class F>
 __device__ void each_sum(Tile& tile, TileRoom<Tile>& room, bool by_columns, F&& f) {

@@ -56,18 +56,6 @@ __global__ void __launch_bounds__(kTileThreads)
   });
 }
 
-// The parts of a sum, added up in their order; four at a time, as the way to the memory is long.
-template <class A>
-__device__ A add_parts(const A* sums, int64_t parts, int64_t stride) {
-  A total[4] = {};
-  int64_t part = 0;
-  for (; part + 4 <= parts; part += 4)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] += sums[(part + i) * stride];
-  for (; part < parts; ++part) total[0] += sums[part * stride];
-  return (total[0] + total[1]) + (total[2] + total[3]);
-}
-
 template <class T, class A>
 __global__ void __launch_bounds__(kThreads)
     gram_finish_kernel(const A* sums, int64_t parts, int64_t images, int64_t channels, A scale, T* gram) {
@@ -121,15 +109,13 @@ __global__ void __launch_bounds__(kThreads) gram_loss_kernel(const double* squar
   if (threadIdx.x == 0) *loss = A(sum / divisor);
 }
 
-// Launches the tiles. Where they are few, they are cut along the positions, into as many parts as fill a GPU; `finish` gets these.
+// Launches the tiles; where their sums are in parts, or no result is wanted, `finish` gets those.
 template <class T, class F>
 void gram(const Tensor& features, FeatureMap map, double scale, T* result, F&& finish) {
   using A = acc_t<T>;
-  constexpr int64_t kBlocks = 528, kLeastSteps = 8;
   map = in_one_row(map);
   const int64_t rows = ceil_div(map.channels, kTile), tiles = rows * (rows + 1) / 2, pixels = map.pixels();
-  const int64_t steps = ceil_div(pixels, TileOf<T>::kDepth), count = std::max<int64_t>(1, tiles * map.images);
-  const int64_t parts = std::max<int64_t>(1, std::min(kBlocks / count, steps / kLeastSteps));
+  const int64_t steps = ceil_div(pixels, TileOf<T>::kDepth), parts = parts_of(tiles * map.images, steps);
   Operand<T, Pixels> operand{static_cast<const T*>(map.data)};
   operand.columns = {pixels > 0, 0, map.row_stride, map.pixel_stride, std::max(1, int(map.height)), std::max(1, int(map.width))};
   operand.height = operand.columns.height, operand.width = operand.columns.width;
