@@ -15,9 +15,12 @@ struct ConvMask {
 
 // output [N, OC, H, W] = bias + the live taps of weight [OC, IC / groups, KH, KW] on input [N, IC, H, W]; bias may be null.
 void masked_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const ConvMask& mask);
+void masked_conv2d_fwd_cuda(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const ConvMask& mask);
 
 // The derivatives; each writes all of its last tensor. Weights that the mask covers get zero.
 void masked_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const ConvMask& mask);
+void masked_conv2d_bwd_input_cuda(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const ConvMask& mask);
 void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask);
+void masked_conv2d_bwd_weight_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask);
 
 }  // namespace pyzoo

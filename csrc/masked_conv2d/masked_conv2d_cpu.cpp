@@ -171,23 +171,8 @@ struct Split {
 
 namespace {
 
-void check_maps(const FeatureMap& input, const FeatureMap& output, const MaskedTaps& taps) {
-  check(input.images == output.images && input.height == output.height && input.width == output.width &&
-            input.channels == taps.in_channels && output.channels == taps.out_channels,
-        "the shapes of input, weight and output do not fit");
-  check(input.dtype == output.dtype, "input and output must have one dtype");
-}
-
 void multiply(const FeatureMap& source, const Tensor& weight, const Tensor* bias, const FeatureMap& result, const Product& product) {
-  check_contiguous(weight, "weight");
-  check_cpu(weight, "weight");
-  check_dtype(weight, "weight", source.dtype);
-  if (bias) {
-    check_contiguous(*bias, "bias");
-    check_cpu(*bias, "bias");
-    check_dtype(*bias, "bias", source.dtype);
-    check(bias->ndim == 1 && bias->shape[0] == result.channels, "bias must have shape [OC], got " + bias->shape_string());
-  }
+  check_weights(weight, "weight", bias, source, product.taps, DeviceType::cpu);
   const int64_t size = result.images * result.channels * result.pixels();
   if (size == 0) return;
   prefer_huge_pages(result.data, size * dtype_size(result.dtype));
@@ -218,9 +203,7 @@ void masked_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight
 void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask) {
   const FeatureMap grad(grad_output, "grad_output"), in(input, "input");
   const MaskedTaps taps(grad_weight, "grad_weight", mask);
-  check_contiguous(grad_weight, "grad_weight");
-  check_cpu(grad_weight, "grad_weight");
-  check_dtype(grad_weight, "grad_weight", in.dtype);
+  check_weights(grad_weight, "grad_weight", nullptr, in, taps, DeviceType::cpu);
   check_maps(in, grad, taps);
   if (grad_weight.numel() == 0) return;
   if (taps.taps() == 0) {

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "common/tensor.h"
+#include "common/feature_map.h"
 #include "masked_conv2d/masked_conv2d.h"
 
 namespace pyzoo {
@@ -38,14 +38,14 @@ struct MaskedTaps {
     last = vertical ? row + (strict ? 0 : width) : row + width / 2 + (strict && colors == 1 ? 0 : 1);
   }
 
-  int64_t taps() const { return last - first; }
-  int64_t kernel() const { return height * width; }
-  int64_t dy(int64_t tap) const { return (tap / width - height / 2) * dilation_y; }
-  int64_t dx(int64_t tap) const { return (tap % width - width / 2) * dilation_x; }
-  bool ordered(int64_t tap) const { return colors > 1 && tap == kernel() / 2; }
+  PZ_HD int64_t taps() const { return last - first; }
+  PZ_HD int64_t kernel() const { return height * width; }
+  PZ_HD int64_t dy(int64_t tap) const { return (tap / width - height / 2) * dilation_y; }
+  PZ_HD int64_t dx(int64_t tap) const { return (tap % width - width / 2) * dilation_x; }
+  PZ_HD bool ordered(int64_t tap) const { return colors > 1 && tap == kernel() / 2; }
   // At the centre tap output channel o sees the input channels below this one. Channels count through all groups; those of a gate
   // lie together, and have the colors one after the other.
-  int64_t limit(int64_t o) const {
+  PZ_HD int64_t limit(int64_t o) const {
     const int64_t color = o % (out_channels / gates) / (out_channels / gates / colors);
     return (color + (strict ? 0 : 1)) * (in_channels / colors);
   }
@@ -63,5 +63,24 @@ struct Reach {
     }
   }
 };
+
+inline void check_maps(const FeatureMap& input, const FeatureMap& output, const MaskedTaps& taps) {
+  check(input.images == output.images && input.height == output.height && input.width == output.width &&
+            input.channels == taps.in_channels && output.channels == taps.out_channels,
+        "the shapes of input, weight and output do not fit");
+  check(input.dtype == output.dtype, "input and output must have one dtype");
+}
+
+inline void check_weights(const Tensor& weight, const char* name, const Tensor* bias, const FeatureMap& map, const MaskedTaps& taps,
+                          DeviceType device) {
+  check_contiguous(weight, name);
+  check_device(weight, name, device);
+  check_dtype(weight, name, map.dtype);
+  if (!bias) return;
+  check_contiguous(*bias, "bias");
+  check_device(*bias, "bias", device);
+  check_dtype(*bias, "bias", map.dtype);
+  check(bias->ndim == 1 && bias->shape[0] == taps.out_channels, "bias must have shape [OC], got " + bias->shape_string());
+}
 
 }  // namespace pyzoo
