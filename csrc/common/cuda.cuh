@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <tuple>
 
 #include "tensor.h"
 
@@ -47,8 +48,13 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, const Tensor& lik
   int before = 0;
   succeed(cudaGetDevice(&before));
   if (before != like.device_id) succeed(cudaSetDevice(like.device_id));
-  kernel<<<unsigned(blocks), threads, 0, static_cast<cudaStream_t>(like.stream)> > >(P(args)...);
-  const cudaError_t error = cudaGetLastError();
+  std::tuple<P...> values(args...);
+  const auto call = [&](P&... value) {
+    void* pointers[] = {&value...};
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), unsigned(blocks), threads, pointers, 0,
+                            static_cast<cudaStream_t>(like.stream));
+  };
+  const cudaError_t error = std::apply(call, values);
   if (before != like.device_id) cudaSetDevice(before);
   succeed(error);
 #endif
