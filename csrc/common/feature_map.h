@@ -25,6 +25,7 @@ struct FeatureMap {
   int64_t images, channels, height, width;
   int64_t image_stride, channel_stride, row_stride, pixel_stride;  // in elements
 
+  FeatureMap() = default;
   FeatureMap(const Tensor& t, const char* name, DeviceType device = DeviceType::cpu) {
     check_tensor(t, name, 4);
     check_device(t, name, device);
@@ -95,30 +96,43 @@ struct Pooled {
   }
 };
 
+// Pixels of an axis.
+struct PixelRange {
+  int32_t begin, end;
+};
+
 // Boxes [K, 5]: image index, x1, y1, x2, y2.
 struct Rois {
-  const Tensor& t;
+  const void* data;
+  DType dtype;
+  int64_t boxes, box_stride, column_stride;
 
-  explicit Rois(const Tensor& rois) : t(rois) {
+  explicit Rois(const Tensor& t, DeviceType device = DeviceType::cpu) {
     check(t.ndim == 2 && t.shape[1] == 5, "boxes must have shape [K, 5], got " + t.shape_string());
-    check_cpu(t, "boxes");
+    check_device(t, "boxes", device);
     check_floating(t, "boxes");
+    data = t.data, dtype = t.dtype;
+    boxes = t.shape[0], box_stride = t.stride[0], column_stride = t.stride[1];
   }
-  int64_t count() const { return t.shape[0]; }
+  PZ_HD int64_t count() const { return boxes; }
   template <class G>
-  G at(int64_t k, int64_t column) const {
-    return load_as<G>(t.data, t.dtype, k * t.stride[0] + column * t.stride[1]);
+  PZ_HD G at(int64_t k, int64_t column) const {
+    return load_as<G>(data, dtype, k * box_stride + column * column_stride);
   }
-  // The image index of every box. Truncated towards zero like torchvision's; raises when there is no such image.
+  // The image index of a box, truncated towards zero like torchvision's; -1 when there is no such image.
+  PZ_HD int32_t image(int64_t k, int64_t count_images) const {
+    const double index = at<double>(k, 0);
+    return index > -1 && index < double(count_images) ? int32_t(index) : -1;
+  }
+  // That of every box; raises when there is no such image.
   std::vector<int32_t> images(int64_t count_images) const {
-    std::vector<int32_t> image(count());
+    std::vector<int32_t> all(count());
     for (int64_t k = 0; k < count(); ++k) {
-      const double index = at<double>(k, 0);
-      check(index > -1 && index < double(count_images), "boxes: batch index must be in [0, " + std::to_string(count_images) + "), got " +
-                                                            std::to_string(index) + " in row " + std::to_string(k));
-      image[k] = int32_t(index);
+      all[k] = image(k, count_images);
+      check(all[k] >= 0, "boxes: batch index must be in [0, " + std::to_string(count_images) + "), got " +
+                             std::to_string(at<double>(k, 0)) + " in row " + std::to_string(k));
     }
-    return image;
+    return all;
   }
 };
 

@@ -35,9 +35,9 @@ RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps
                           int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map, bool adjoint) {
   check(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
   RoiAlignTaps<A> table;
-  const RoiAlignOptions options{scales, int(pooled.height), int(pooled.width), sampling_ratio, aligned, level_map ? &*level_map : nullptr,
-                                adjoint};
-  if (boxes.t.dtype == DType::f64 || maps[0].dtype == DType::f64) {
+  const RoiSampling sampling{int(pooled.height), int(pooled.width), sampling_ratio, aligned};
+  const RoiAlignOptions options{scales, sampling, level_map.value_or(LevelMap{}), level_map ? int(maps.size()) : 1, adjoint};
+  if (boxes.dtype == DType::f64 || maps[0].dtype == DType::f64) {
     table.template build<double>(boxes, maps, options);
   } else {
     table.template build<float>(boxes, maps, options);

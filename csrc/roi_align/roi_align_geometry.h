@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/feature_map.h"
 
 namespace pyzoo {
 
@@ -39,13 +39,19 @@ struct RoiAxis {
   // Boxes with a non-finite side, or one of more than 2^31 samples, pool to zero.
   PZ_HD bool finite() const { return std::isfinite(start) && std::isfinite(bin) && grid < G(2147483648.0); }
   PZ_HD G sample(int p, int64_t i) const { return start + G(p) * bin + G(float(i) + 0.5f) * bin / grid; }
-  // Only samples in [-1, size] count. Of a bin of very many samples, walk just the range that can lie there.
-  PZ_HD void range(int p, int64_t size, int64_t& begin, int64_t& end) const {
+  // All pixels, of `size`, that the samples of all bins reach; perhaps a few more on each side.
+  PZ_HD PixelRange reach(int bins, int64_t size) const {
+    const auto pixel = [&](G x) { return x > 0 ? x < G(size) ? int32_t(x) : int32_t(size) : 0; };
+    const G end = start + G(bins) * bin;
+    return end < start ? PixelRange{pixel(end - G(1)), pixel(start + G(3))} : PixelRange{pixel(start - G(1)), pixel(end + G(3))};
+  }
+  // The samples of a bin that may lie in [low, high]: of very many, not much more than these.
+  PZ_HD void range(int p, int64_t low, int64_t high, int64_t& begin, int64_t& end) const {
     begin = 0, end = grid > 0 ? int64_t(grid) : 0;
-    if (end <= 2 * size + 64 || !(bin > 0)) return;
+    if (end <= 2 * (high - low) + 64 || !(bin > 0)) return;
     const double step = double(bin) / double(grid), origin = double(start) + double(p) * double(bin);
     const double slack = 2 + 1e-6 * (std::fabs(origin) / step + double(grid));
-    const double lo = (-1 - origin) / step - slack, hi = (double(size) - origin) / step + slack;
+    const double lo = (double(low) - origin) / step - slack, hi = (double(high) - origin) / step + slack;
     begin = lo > 0 ? (lo < double(end) ? int64_t(lo) : end) : 0;
     end = hi < double(end) ? (hi > double(begin) ? int64_t(hi) + 1 : begin) : end;
   }
@@ -67,5 +73,46 @@ PZ_HD inline bool interpolate(G x, int64_t size, int32_t& low, int32_t& high, G&
   weight_low = G(1) - weight_high;
   return true;
 }
+
+// Calls add(pixel, weight) for both pixels of each sample of bin p on an axis of `size` pixels: for all that reach the pixels from
+// first to last, and perhaps for others.
+template <class G, class Add>
+PZ_HD inline void for_each_weight(const RoiAxis<G>& axis, int p, int64_t size, int64_t first, int64_t last, Add&& add) {
+  int64_t i, end;
+  axis.range(p, first - 1, last + 1, i, end);
+  if (size == 0) end = 0;
+  for (; i < end; ++i) {
+    int32_t low, high;
+    G weight_low, weight_high;
+    if (!interpolate(axis.sample(p, i), size, low, high, weight_low, weight_high)) continue;
+    add(low, weight_low);
+    add(high, weight_high);
+  }
+}
+
+struct RoiSampling {
+  int bins_y, bins_x, ratio;
+  bool aligned;
+};
+
+// A box on its level. One that does not pool has no samples.
+template <class G>
+struct RoiBox {
+  int level;
+  bool pools;
+  RoiAxis<G> y, x;
+  G samples;  // in a bin, by which the sum is divided
+
+  // scale_of(level): what coordinates are multiplied by.
+  template <class ScaleOf>
+  PZ_HD RoiBox(G x1, G y1, G x2, G y2, const LevelMap& level_map, int levels, const RoiSampling& sampling, ScaleOf&& scale_of)
+      : level(levels > 1 ? level_map.level(x1, y1, x2, y2, levels) : 0),
+        y(y1, y2, G(scale_of(level)), sampling.aligned, sampling.bins_y, sampling.ratio),
+        x(x1, x2, G(scale_of(level)), sampling.aligned, sampling.bins_x, sampling.ratio) {
+    const bool has_level = levels == 1 || (x2 - x1) * (y2 - y1) >= 0;  // torchvision finds none for a box with one negative side
+    pools = y.finite() && x.finite() && has_level;
+    samples = y.grid * x.grid > G(1) ? y.grid * x.grid : G(1);
+  }
+};
 
 }  // namespace pyzoo

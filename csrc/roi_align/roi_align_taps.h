@@ -35,9 +35,9 @@ struct RoiTaps {
 
 struct RoiAlignOptions {
   std::vector<double> scales;
-  int bins_y, bins_x, sampling_ratio;
-  bool aligned;
-  const LevelMap* level_map;  // null: one level
+  RoiSampling sampling;
+  LevelMap level_map;
+  int levels;
   bool adjoint;
 };
 
@@ -59,18 +59,12 @@ class RoiAlignTaps {
       Arena& arena = arenas_[chunk];
       const int64_t k0 = chunk * kChunk, k1 = std::min(count, k0 + kChunk);
       for (int64_t k = k0; k < k1; ++k) {
-        const G x1 = boxes.at<G>(k, 1), y1 = boxes.at<G>(k, 2), x2 = boxes.at<G>(k, 3), y2 = boxes.at<G>(k, 4);
-        level[k] = options.level_map ? options.level_map->level(x1, y1, x2, y2, int(maps.size())) : 0;
-        const FeatureMap& map = maps[level[k]];
-        const G scale = G(options.scales[level[k]]);
-        const RoiAxis<G> y(y1, y2, scale, options.aligned, options.bins_y, options.sampling_ratio);
-        const RoiAxis<G> x(x1, x2, scale, options.aligned, options.bins_x, options.sampling_ratio);
-        // torchvision finds no level for a box with one negative side
-        const bool has_level = !options.level_map || (x2 - x1) * (y2 - y1) >= 0;
-        const bool finite = y.finite() && x.finite() && has_level;
-        const G samples = std::max(y.grid * x.grid, G(1));
-        rois[k].y = arena.append(y, options.bins_y, finite ? map.height : 0, G(1) / samples, options.adjoint);
-        rois[k].x = arena.append(x, options.bins_x, finite ? map.width : 0, G(1), options.adjoint);
+        const RoiBox<G> box(boxes.at<G>(k, 1), boxes.at<G>(k, 2), boxes.at<G>(k, 3), boxes.at<G>(k, 4), options.level_map, options.levels,
+                            options.sampling, [&](int level) { return options.scales[level]; });
+        level[k] = box.level;
+        const FeatureMap& map = maps[box.level];
+        rois[k].y = arena.append(box.y, options.sampling.bins_y, box.pools ? map.height : 0, G(1) / box.samples, options.adjoint);
+        rois[k].x = arena.append(box.x, options.sampling.bins_x, box.pools ? map.width : 0, G(1), options.adjoint);
       }
       arena.settle(rois.data() + k0, rois.data() + k1);
     });
@@ -98,16 +92,7 @@ class RoiAlignTaps {
           out.first = std::min(out.first, at);
           out.last = std::max(out.last, at);
         };
-        int64_t i, end;
-        axis.range(p, size, i, end);
-        if (size == 0) end = 0;
-        for (; i < end; ++i) {
-          int32_t low, high;
-          G weight_low, weight_high;
-          if (!interpolate(axis.sample(p, i), size, low, high, weight_low, weight_high)) continue;
-          add(low, weight_low * factor);
-          add(high, weight_high * factor);
-        }
+        for_each_weight(axis, p, size, 0, size - 1, [&](int32_t at, G weight) { add(at, weight * factor); });
         begins.push_back(int32_t(taps.size() - first_tap));
       }
       if (adjoint) transpose(out, first_tap, first_begin);

@@ -10,10 +10,16 @@ namespace pyzoo {
 bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& output, const Tensor* argmax, const Tensor* positions,
                       double spatial_scale);
 
+// The same, but positions are int32 pixels y * W + x, -1 for none, so that they are always written.
+bool roi_pool_fwd_cuda(const Tensor& input, const Tensor& rois, const Tensor& output, const Tensor* argmax, const Tensor* positions,
+                       double spatial_scale);
+
 // Adds each gradient to the pixel its maximum came from, in the order of the boxes; writes all of grad_input. Without the positions of
 // the forward pass, finds the maxima of `input` again; with them, input may be null.
 void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor* input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
                       double spatial_scale);
+void roi_pool_bwd_cuda(const Tensor& grad_output, const Tensor* input, const Tensor& rois, const Tensor& grad_input,
+                       const Tensor* positions, double spatial_scale);
 
 // The same from the argmax of the forward pass.
 void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, const Tensor& argmax, const Tensor& grad_input);

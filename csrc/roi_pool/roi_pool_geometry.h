@@ -4,11 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PZ_HD __host__ __device__
-#else
-#define PZ_HD
-#endif
+#include "common/dtype.h"
 
 namespace pyzoo {
 

@@ -67,13 +67,14 @@ def pooling_inputs(dtype: torch.dtype, memory_format: torch.memory_format) -> It
     boxes = random(9, 2, 26, 34)
     yield "random", x, boxes, (3, 4), 0.5, True
     yield "many_boxes", x, random(70, 2, 13, 17), 2, 1.0, True
-    for channels in (1, 3, 17, 33, 64, 130):
+    for channels in (1, 3, 17, 33, 64, 130, 260):
         yield f"channels_{channels}", maps(2, channels, 9, 10, seed=channels), random(5, 2, 9, 10, seed=1), 2, 1.0, True
     yield "one_pixel", maps(1, 3, 1, 1), random(4, 1, 2, 2), 2, 1.0, True
     yield "one_row", maps(1, 3, 1, 9), random(4, 1, 2, 9), (1, 3), 1.0, True
     yield "one_bin", x, boxes, 1, 0.5, True
     yield "seven", x, boxes, 7, 0.5, True
     yield "fourteen", x, random(3, 2, 13, 17), (14, 14), 1.0, True
+    yield "many_bins", x, random(3, 2, 13, 17), (18, 20), 1.0, True
     yield "scale", x, random(6, 2, 130, 170), (2, 3), 0.1, True
     yield "no_boxes", x, boxes[:0], 2, 1.0, True
     yield "no_images", x[:0], boxes[:0], 2, 1.0, True

@@ -48,6 +48,12 @@ def samples(dtype, memory_format):
     yield Sample("half_boxes", (maps, [b.half() for b in split(boxes)], 2, scales), options, peer=False)
     yield Sample("one_level", (maps[:1], split(boxes), 2, scales[:1]), options)
     yield Sample("two_levels", (maps[1:3], split(boxes), 2, scales[1:3]), options)
+    many = [(11 + i, 20 - i) for i in range(10)]
+    yield Sample(
+        "ten_levels",
+        (pyramid(2, 5, *many)[0], split(boxes), 2, [2.0 ** -(2 + i) for i in range(10)]),
+        {**options, "canonical_scale": 2},
+    )
     yield Sample("no_boxes", (maps, split(boxes[:0]), 2, scales), options)
     for channels in (1, 17, 64):
         few, few_scales = pyramid(2, channels, (16, 12), (8, 6))

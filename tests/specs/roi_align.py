@@ -31,6 +31,12 @@ def samples(dtype, memory_format):
             name = f"{id}-{kwargs['sampling_ratio']}{'a' if 'aligned' in kwargs else ''}"
             overflows = id == "inverted" and kwargs["sampling_ratio"] == 0  # the peer tries to allocate -n samples
             yield Sample(name, (x, boxes, output_size, scale), kwargs, peer=has_peer and not overflows)
+    boxes = inputs.random_rois(4, 2, 13, 17).to(inputs.boxes_dtype(dtype))
+    yield Sample(
+        "many_samples",
+        (inputs.features(2, 5, 13, 17, dtype=dtype, memory_format=memory_format), boxes, 3),
+        {"sampling_ratio": 11},
+    )
     # A bin of 2^30 pixels: most of its samples lie outside, and the rest is hardly anything.
     huge = torch.tensor([[0, 0, 2, 1e9, 9], [1, -1e30, 2, 1e30, 9], [0, 3e8, 3e8, 4e8, 4e8]]).to(
         inputs.boxes_dtype(dtype)
