@@ -82,10 +82,10 @@ __global__ void __launch_bounds__(kThreads, K == 3 ? 3 : 2) gather_kernel(Gather
   const int own = kLast ? me.channel : me.plane, at = me.window<How, kLast>(t, line_y, line_x);
   const bool works = own < here && me.plane < planes;
   A sum[R][C] = {};
+  __syncthreads();
   for (int ky0 = 0; ky0 < line_y.taps; ky0 += K)
     for (int kx0 = 0; kx0 < line_x.taps; kx0 += K) {
       const int height = min_of(K, line_y.taps - ky0), width = min_of(K, line_x.taps - kx0);
-      __syncthreads();
       fill_window<kLast, A>(
           window, t, p.from, p.packs_in, [&](int plane) { return int64_t(from_at(plane)); }, planes, here, y, x,
           y.base + How::first(place.first_y, line_y.stride) + ky0, x.base + How::first(place.first_x, line_x.stride) + kx0);
@@ -98,16 +98,16 @@ __global__ void __launch_bounds__(kThreads, K == 3 ? 3 : 2) gather_kernel(Gather
         weights(which, ky * K + kx) = load_as<A>(p.weight, p.from.dtype, row * p.kernel_width + column);
       }
       __syncthreads();
-      if (!works) continue;
-      if (height == K && width == K) {
+      if (works && height == K && width == K) {
         A weight[K][K];
 #pragma unroll
         for (int k = 0; k < K * K; ++k) weight[k / K][k % K] = weights(own, k);
         add_taps<How, K, kLast>(window, at, t.pitch, weight, sum);
-      } else {
+      } else if (works) {
         const auto weight = [&](int ky, int kx) { return A(weights(own, ky * K + kx)); };
         add_some_taps<How, K, kLast>(window, at, t.pitch, height, width, weight, sum);
       }
+      __syncthreads();
     }
 
   if (works) {
@@ -151,7 +151,6 @@ __global__ void __launch_bounds__(kThreads, K == 3 ? 3 : 2) gather_kernel(Gather
     }
     // Through shared memory, so that neighbours are written together.
     const int height = t.rows * R, width = t.columns * C;
-    __syncthreads();
     for (int r = 0; works && r < R; ++r) {
       Pack<A, C> pack;
       for (int c = 0; c < C; ++c) pack.at[c] = sum[r][c];
