@@ -60,8 +60,6 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, const Tensor& lik
 #endif
 }
 
-constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 // The blocks for a kernel that goes through n elements as for_each_element does. A few times what a GPU runs at once is enough.
 inline int64_t blocks_for(int64_t n, int threads) { return std::min<int64_t>(ceil_div(n, threads), 1 << 16); }
 
@@ -113,12 +111,33 @@ class Shared {
     return elements_[at];
 #endif
   }
+  // n neighbours at once, from a multiple of n on.
+  template <int n>
+  __device__ Pack<T, n> pack(int at) {
+#ifdef PYZOO_EMULATED
+    if (at % n != 0) emulator::fail("shared memory: " + std::to_string(n) + " neighbours from " + std::to_string(at) + " on");
+    Pack<T, n> out;
+    for (int i = 0; i < n; ++i) out.at[i] = (*this)(at + i);
+    return out;
+#else
+    return load_pack<n>(elements_ + at);
+#endif
+  }
+  template <int n>
+  __device__ void put(int at, const Pack<T, n>& pack) {
+#ifdef PYZOO_EMULATED
+    if (at % n != 0) emulator::fail("shared memory: " + std::to_string(n) + " neighbours from " + std::to_string(at) + " on");
+    for (int i = 0; i < n; ++i) (*this)(at + i) = pack.at[i];
+#else
+    store_pack(elements_ + at, pack);
+#endif
+  }
 
  private:
 #ifdef PYZOO_EMULATED
   emulator::Cell<T> elements_[(kSizes * ...)];
 #else
-  T elements_[(kSizes * ...)];
+  alignas(16) T elements_[(kSizes * ...)];
 #endif
 };
 

@@ -12,6 +12,8 @@ namespace pyzoo {
 
 constexpr int kMaxDims = 6;
 
+constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 enum class DeviceType : int32_t { cpu = 1, cuda = 2 };  // DLPack's numbers; there are others
 
 struct Tensor {

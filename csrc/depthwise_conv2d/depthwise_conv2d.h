@@ -15,12 +15,17 @@ enum class Activation { none, relu, relu6 };
 // (or null). Input and output are both NCHW (columns next to each other) or both NHWC (channels next to each other).
 void depthwise_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const Sliding& sliding,
                               Activation activation);
+void depthwise_conv2d_fwd_cuda(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const Sliding& sliding,
+                               Activation activation);
 
 // The gradient in the input; writes all of grad_input.
 void depthwise_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const Sliding& sliding);
+void depthwise_conv2d_bwd_input_cuda(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const Sliding& sliding);
 
 // The gradients in the weight and, unless null, in the bias; writes all of grad_weight and grad_bias (contiguous).
 void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
                                      const Sliding& sliding);
+void depthwise_conv2d_bwd_weight_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
+                                      const Sliding& sliding);
 
 }  // namespace pyzoo

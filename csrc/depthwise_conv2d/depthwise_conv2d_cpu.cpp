@@ -37,16 +37,8 @@ void depthwise_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const T
   to.check_written("output");
   check_dtype(weight, "weight", from.dtype);
   check_dtype(output, "output", from.dtype);
-  if (bias) {
-    check_cpu(*bias, "bias");
-    check_dtype(*bias, "bias", from.dtype);
-    check(bias->ndim == 1 && bias->shape[0] == from.channels && (from.channels == 1 || bias->stride[0] == 1),
-          "bias must be contiguous with shape [C], got " + bias->shape_string());
-  }
-  const int64_t kh = weight.shape[2], kw = weight.shape[3];
-  gather(from, weight, bias, to,
-         {forward_axis(from.height, to.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
-          forward_axis(from.width, to.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, activation});
+  if (bias) check_bias(*bias, "bias", from);
+  gather(from, weight, bias, to, forward_gather(from, to, weight, s, activation));
 }
 
 void depthwise_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const Sliding& s) {
@@ -55,10 +47,7 @@ void depthwise_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& wei
   to.check_written("grad_input");
   check_dtype(weight, "weight", from.dtype);
   check_dtype(grad_input, "grad_input", from.dtype);
-  const int64_t kh = weight.shape[2], kw = weight.shape[3];
-  gather(from, weight, nullptr, to,
-         {gradient_axis(from.height, to.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
-          gradient_axis(from.width, to.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, Activation::none});
+  gather(from, weight, nullptr, to, gradient_gather(from, to, weight, s));
 }
 
 }  // namespace pyzoo

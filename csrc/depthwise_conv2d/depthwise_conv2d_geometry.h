@@ -13,8 +13,6 @@
 
 namespace pyzoo {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Both the convolution and its input gradient gather: each output is a sum over taps of sources. With stride s, the outputs of a
 // gradient fall into s phases by their position modulo s: each phase sees the sources like a convolution of stride 1 that has
 // only every s-th tap. A convolution has one phase.
@@ -65,6 +63,19 @@ struct Gather {
   int64_t taps() const { return kernel_height * kernel_width; }
 };
 
+inline Gather forward_gather(const FeatureMap& input, const FeatureMap& output, const Tensor& weight, const Sliding& s,
+                             Activation activation = Activation::none) {
+  const int64_t kh = weight.shape[2], kw = weight.shape[3];
+  return {forward_axis(input.height, output.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
+          forward_axis(input.width, output.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, activation};
+}
+
+inline Gather gradient_gather(const FeatureMap& output, const FeatureMap& input, const Tensor& weight, const Sliding& s) {
+  const int64_t kh = weight.shape[2], kw = weight.shape[3];
+  return {gradient_axis(output.height, input.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
+          gradient_axis(output.width, input.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, Activation::none};
+}
+
 struct Span {
   int64_t begin, end;
   int64_t count() const { return end - begin; }
@@ -96,10 +107,15 @@ inline Span valid_taps(int64_t low, int64_t high, int64_t step, int64_t taps, in
   return {begin, std::max(begin, end)};
 }
 
+// Whether the neighbours in memory are channels; of two maps that check_sliding accepts.
+inline bool is_nhwc(const FeatureMap& a, const FeatureMap& b) {
+  return a.channels_last() && b.channels_last() && (a.channels > 1 || a.pixel_stride != 1 || b.pixel_stride != 1);
+}
+
 inline void check_sliding(const FeatureMap& input, const FeatureMap& output, const Tensor& weight, const char* weight_name,
-                          const Sliding& s) {
+                          const Sliding& s, DeviceType device = DeviceType::cpu) {
   check_tensor(weight, weight_name, 4);
-  check_cpu(weight, weight_name);
+  check_device(weight, weight_name, device);
   check_contiguous(weight, weight_name);
   check(weight.shape[0] == input.channels && output.channels == input.channels && output.images == input.images,
         "input, weight and output must have the same channels and images");
@@ -111,6 +127,13 @@ inline void check_sliding(const FeatureMap& input, const FeatureMap& output, con
   const bool none = input.images == 0 || input.channels == 0;  // then strides mean nothing
   check(none || (input.channels_last() && output.channels_last()) || (planar(input) && planar(output)),
         "input and output must both have neighbouring channels, or both neighbouring columns");
+}
+
+inline void check_bias(const Tensor& bias, const char* name, const FeatureMap& map, DeviceType device = DeviceType::cpu) {
+  check_device(bias, name, device);
+  check_dtype(bias, name, map.dtype);
+  check(bias.ndim == 1 && bias.shape[0] == map.channels, std::string(name) + " must have shape [C], got " + bias.shape_string());
+  check_contiguous(bias, name);
 }
 
 }  // namespace pyzoo

@@ -18,16 +18,9 @@ void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& in
   check_sliding(from, grad, grad_weight, "grad_weight", s);
   check_dtype(grad_output, "grad_output", from.dtype);
   check_dtype(grad_weight, "grad_weight", from.dtype);
-  if (grad_bias) {
-    check_cpu(*grad_bias, "grad_bias");
-    check_contiguous(*grad_bias, "grad_bias");
-    check_dtype(*grad_bias, "grad_bias", from.dtype);
-    check(grad_bias->ndim == 1 && grad_bias->shape[0] == grad.channels, "grad_bias must have shape [C], got " + grad_bias->shape_string());
-  }
+  if (grad_bias) check_bias(*grad_bias, "grad_bias", grad);
   if (grad_weight.numel() == 0) return;
-  const int64_t kh = grad_weight.shape[2], kw = grad_weight.shape[3];
-  const Gather how{forward_axis(from.height, grad.height, kh, s.stride[0], s.padding[0], s.dilation[0]),
-                   forward_axis(from.width, grad.width, kw, s.stride[1], s.padding[1], s.dilation[1]), kh, kw, Activation::none};
+  const Gather how = forward_gather(from, grad, grad_weight, s);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     PZ_FOR_ISA_OF(A, template weight_gradient<A>)(how, from, grad, grad_weight, grad_bias);

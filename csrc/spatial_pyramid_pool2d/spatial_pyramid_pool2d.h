@@ -11,9 +11,13 @@ namespace pyzoo {
 // null): its pixel y * W + x.
 void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const Tensor* argmax,
                                     bool average);
+void spatial_pyramid_pool2d_fwd_cuda(const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const Tensor* argmax,
+                                     bool average);
 
 // Writes all of grad_input: with argmax the gradient of the maximum, without it that of the mean.
 void spatial_pyramid_pool2d_bwd_cpu(const Tensor& grad_output, const Tensor* argmax, const std::vector<int64_t>& levels,
                                     const Tensor& grad_input);
+void spatial_pyramid_pool2d_bwd_cuda(const Tensor& grad_output, const Tensor* argmax, const std::vector<int64_t>& levels,
+                                     const Tensor& grad_input);
 
 }  // namespace pyzoo

@@ -38,7 +38,7 @@ struct Pyramid {
   int64_t covered = 0;  // pixels in them
 
   Pyramid(const std::vector<int64_t>& sizes, int64_t height, int64_t width) {
-    check(!sizes.empty() && sizes.size() % 2 == 0, "levels must be pairs of height and width");
+    check_levels(sizes);
     const auto cut = [](int64_t bins, int64_t size) {
       std::vector<Span> spans(static_cast<size_t>(bins));
       for (int64_t i = 0; i < bins; ++i) spans[i] = {bin_begin(i, bins, size), bin_end(i, bins, size)};
@@ -47,7 +47,6 @@ struct Pyramid {
     levels.reserve(sizes.size() / 2);
     for (size_t i = 0; i < sizes.size(); i += 2) {
       const int64_t h = sizes[i], w = sizes[i + 1];
-      check(h >= 1 && w >= 1 && h <= INT32_MAX && w <= INT32_MAX, "levels must be positive and below 2^31");
       levels.push_back({h, w, bins, cut(h, height), cut(w, width)});
       bins += h * w;
       const auto add_size = [](int64_t sum, const Span& span) { return sum + span.size(); };
@@ -101,8 +100,6 @@ struct Plan {
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
 
-  // A bin is the union of bins of any level that divides it evenly, as floor(i * H / h) = floor(i * k * H / (h * k)). The maximum does
-  // not mind that these may overlap by a pixel; the mean does.
   Plan(const Pyramid& pyramid, const FeatureMap& map, bool average) : bins(pyramid.bins) {
     std::vector<const Level*> levels;
     for (const Level& level : pyramid.levels) levels.push_back(&level);
@@ -111,9 +108,7 @@ struct Plan {
     for (const Level* level : levels) {
       const Level* finer = nullptr;
       for (const Step& step : steps) {  // the coarsest one is kept
-        const int64_t height = step.level->height, width = step.level->width;
-        if (average && (map.height % height != 0 || map.width % width != 0)) continue;
-        if (height % level->height == 0 && width % level->width == 0) finer = step.level;
+        if (is_union(level->height, level->width, step.level->height, step.level->width, map, average)) finer = step.level;
       }
       if (finer) steps.push_back({level, finer, groups(finer->height, level->height), groups(finer->width, level->width)});
       else steps.push_back({level, nullptr, level->y, level->x});
@@ -193,28 +188,15 @@ enum class Mode { average, max, argmax };
 #define PZ_KERNEL "spatial_pyramid_pool2d/spatial_pyramid_pool2d_cpu.inc"
 #include "common/foreach_isa.h"
 
-namespace {
-
-// output, grad_output and argmax: [N, C * bins], contiguous.
-void check_features(const Tensor& t, const char* name, const FeatureMap& map, const Pyramid& pyramid) {
-  check_tensor(t, name, 2);
-  check_cpu(t, name);
-  const int64_t features = map.channels * pyramid.bins;
-  check(t.shape[0] == map.images && t.shape[1] == features, std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
-  check_contiguous(t, name);
-}
-
-}  // namespace
-
 void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const Tensor* argmax,
                                     bool average) {
   const FeatureMap map(input, "input");
   const Pyramid pyramid(levels, map.height, map.width);
-  check_features(output, "output", map, pyramid);
+  check_features(output, "output", map, pyramid.bins);
   check_dtype(output, "output", input.dtype);
   check(!average || !argmax, "a mean has no argmax");
   if (argmax) {
-    check_features(*argmax, "argmax", map, pyramid);
+    check_features(*argmax, "argmax", map, pyramid.bins);
     check_dtype(*argmax, "argmax", DType::i32);
   }
   if (output.numel() == 0) return;
@@ -233,10 +215,10 @@ void spatial_pyramid_pool2d_bwd_cpu(const Tensor& grad_output, const Tensor* arg
   const FeatureMap map(grad_input, "grad_input");
   map.check_written("grad_input");
   const Pyramid pyramid(levels, map.height, map.width);
-  check_features(grad_output, "grad_output", map, pyramid);
+  check_features(grad_output, "grad_output", map, pyramid.bins);
   check_dtype(grad_output, "grad_output", grad_input.dtype);
   if (argmax) {
-    check_features(*argmax, "argmax", map, pyramid);
+    check_features(*argmax, "argmax", map, pyramid.bins);
     check_dtype(*argmax, "argmax", DType::i32);
   }
   if (grad_input.numel() == 0) return;
