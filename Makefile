@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LINTERS := $(VENV)/.linters
 CPP := $(shell find csrc tests/emulator -type f)
 
-.PHONY: help demo test bench lint format asan gpu clean
+.PHONY: help demo test bench lint format asan asan-cpu asan-cuda gpu clean
 
 help:
 	@echo 'make demo     photographs through pyzoo and torchvision, side by side; trains a Mask R-CNN: out/demo, out/bench'
@@ -62,7 +62,8 @@ ASAN := build/asan
 ASAN_CXX ?= g++
 ASAN_FLAGS := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
 ASAN_TREE := setup.py pyproject.toml README.md LICENSE csrc kernels pyzoo benchmarks tests
-ASAN_TESTS := tests/test_ops.py tests/test_gpu_kernels.py tests/test_numpy.py $(wildcard tests/test_fuzz*.py tests/test_cuda_*.py $(patsubst csrc/%,tests/test_%.py,$(wildcard csrc/*)))
+ASAN_TESTS := tests/test_ops.py tests/test_numpy.py $(wildcard tests/test_fuzz*.py $(patsubst csrc/%,tests/test_%.py,$(wildcard csrc/*)))
+ASAN_CUDA_TESTS := tests/test_gpu_kernels.py $(wildcard tests/test_cuda_*.py)
 ASAN_SKIP := triton or compile or export or opcheck or gradcheck or gradgradcheck or func or more_than_int32
 
 asan: $(INSTALLED)
@@ -72,9 +73,14 @@ asan: $(INSTALLED)
 	cp -Rp $(ASAN_TREE) $(ASAN)
 	cd $(ASAN) && CXX='$(ASAN_CXX)' CXXFLAGS='-O1 -g1 -fno-omit-frame-pointer $(ASAN_FLAGS)' LDFLAGS='$(ASAN_FLAGS)' PYZOO_CUDA=emulate \
 	  $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	$(MAKE) --jobs --output-sync VENV='$(VENV)' asan-cpu asan-cuda
+
+asan-cpu: TESTS := $(ASAN_TESTS)
+asan-cuda: TESTS := $(ASAN_CUDA_TESTS)
+asan-cpu asan-cuda:
 	cd $(ASAN) && LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $(ASAN_CXX) -print-file-name=lib$$lib.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYZOO_FUZZ=$${PYZOO_FUZZ:-50} \
-	  $(abspath $(BIN))/python -m pytest --capture=sys $(ASAN_TESTS) -k 'not ($(ASAN_SKIP))'
+	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider $(TESTS) -k 'not ($(ASAN_SKIP))'
 
 # On a machine that may have no network: nothing is installed.
 gpu:
