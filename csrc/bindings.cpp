@@ -14,6 +14,7 @@
 #include "roi_align/roi_align_bind.h"
 #include "roi_pool/roi_pool_bind.h"
 #include "spatial_pyramid_pool2d/spatial_pyramid_pool2d_bind.h"
+#include "winograd/winograd_bind.h"
 
 #define PZ_STRING_(x) #x
 #define PZ_STRING(x) PZ_STRING_(x)
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_spatial_pyramid_pool2d(m);
   pyzoo::register_depthwise_conv2d(m);
   pyzoo::register_reversible(m);
+  pyzoo::register_winograd(m);
 
   m.def("set_isa", &pyzoo::set_isa, "name"_a, "Force an instruction set by name; '' returns to the best. For tests.");
   m.def(

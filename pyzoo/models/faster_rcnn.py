@@ -28,6 +28,7 @@ from pyzoo.models import vgg
 from pyzoo.models._registry import register_model
 from pyzoo.models.fpn import ResNetFPN
 from pyzoo.nn.boxes import BELOW, BoxCoder, box_iou, clip_boxes, is_large, match, sample
+from pyzoo.nn.conv import conv_bn
 from pyzoo.nn.detection import InputTransform, check_images, check_targets, rename_keys, resize_boxes
 from pyzoo.ops import batched_nms, multiscale_roi_align, roi_pool
 
@@ -112,7 +113,8 @@ class RPNHead(nn.Module):
         bias = torch.cat((self.cls_logits.bias, self.bbox_pred.bias))
         objectness, offsets = [], []
         for x in maps:
-            out = F.conv2d(self.conv(x), weight, bias).permute(0, 2, 3, 1)  # [N, H, W, A + 4 A]
+            out = F.conv2d(conv_bn(x, self.conv[0][0], relu=True), weight, bias)
+            out = out.permute(0, 2, 3, 1)  # [N, H, W, A + 4 A]
             cls, box = out.split((len(self.cls_logits.bias), len(self.bbox_pred.bias)), -1)
             if self.softmax:
                 background, object_ = cls.chunk(2, -1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyzoo.models.resnet import TABLE_1, ResNet
 from pyzoo.nn.batch_norm import FrozenBatchNorm2d
+from pyzoo.nn.conv import conv_bn
 from pyzoo.nn.detection import rename_keys
 
 PATHS = ("both", "bottom-up", "top-down")  # the whole, and what Table 1 (d) and (e) leave of it
@@ -47,17 +48,17 @@ class FPN(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        merged = self.inner_blocks[-1](maps[-1])  # M5
-        levels = [self.layer_blocks[-1](merged)]  # P5
+        merged = conv_bn(maps[-1], self.inner_blocks[-1][0])  # M5
+        levels = [conv_bn(merged, self.layer_blocks[-1][0])]  # P5
         for i in reversed(range(len(maps) - 1)):
             above = F.interpolate(merged, maps[i].shape[-2:]) if self.paths != "bottom-up" else None  # nearest
             if self.paths == "top-down":
                 merged = above
             else:
-                merged = self.inner_blocks[i](maps[i])  # lateral
+                merged = conv_bn(maps[i], self.inner_blocks[i][0])  # lateral
                 if above is not None:
                     merged += above
-            levels.insert(0, self.layer_blocks[i](merged))
+            levels.insert(0, conv_bn(merged, self.layer_blocks[i][0]))
         return [*levels, levels[-1][:, :, ::2, ::2]]  # P6 is P5, subsampled; only the RPN looks at it
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
 from pyzoo.models.faster_rcnn import TINY_FPN, FasterRCNN, RoIHeads, RoIs, fpn_parts
+from pyzoo.nn.conv import conv_bn
 from pyzoo.nn.detection import rename_keys
 from pyzoo.ops import roi_align
 
@@ -43,6 +44,11 @@ class MaskHead(nn.Sequential):
             )
         )
         init_convs(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, _ in self:
+            x = conv_bn(x, conv, relu=True)
+        return x
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         rename_keys(state_dict, prefix, {f"mask_fcn{i + 1}.": f"{i}.0." for i in range(len(self))})  # older files

@@ -78,7 +78,7 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(shortcut, in_channels, width, stride, norm_layer, pad) if shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
+        out = conv_bn(x, self.conv1, self.bn1, relu=True)
         out = conv_bn(out, self.conv2, self.bn2)
         return add_relu(out, x, self)
 
@@ -104,8 +104,8 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)
-        out = F.relu(conv_bn(out, self.conv2, self.bn2), inplace=True)
+        out = conv_bn(x, self.conv1, self.bn1, relu=True)
+        out = conv_bn(out, self.conv2, self.bn2, relu=True)
         out = conv_bn(out, self.conv3, self.bn3)
         return add_relu(out, x, self)
 
@@ -180,7 +180,7 @@ class ResNet(nn.Module):
         init_weights(self, zero_init_residual)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True))  # [N, 64, H/4, W/4]
+        x = self.maxpool(conv_bn(x, self.conv1, self.bn1, relu=True))  # [N, 64, H/4, W/4]
         c2 = self.layer1(x)  # [N, 256, H/4, W/4]
         c3 = self.layer2(c2)  # [N, 512, H/8, W/8]
         c4 = self.layer3(c3)  # [N, 1024, H/16, W/16]
@@ -243,7 +243,7 @@ class CifarResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(conv_bn(x, self.conv1, self.bn1), inplace=True)  # [N, 16, 32, 32]
+        x = conv_bn(x, self.conv1, self.bn1, relu=True)  # [N, 16, 32, 32]
         x = self.layer3(self.layer2(self.layer1(x)))  # [N, 64, 8, 8]
         return self.linear(x.mean((2, 3)))
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyzoo.models._registry import register_model
-from pyzoo.nn.conv import conv_bn
+from pyzoo.nn.conv import conv_bn, has_hooks
 
 # Table 1. Channels of the convolutions of each block, in multiples of the first block's; negative: a 1x1 convolution.
 TABLE_1 = {
@@ -73,21 +73,28 @@ def layer_index(features: Iterable[nn.Module]) -> dict[str, int]:
 
 
 def run(layers: Iterable[nn.Module], x: Tensor, taps: dict[int, Tensor] | None = None) -> Tensor:
-    """The layers one after the other, a convolution and its batch norm in one pass where that is the same. Outputs of
-    the layers whose indices are keys of ``taps`` are put there."""
+    """The layers one after the other, a convolution, its batch norm and its ReLU in one pass where that is the same.
+    Outputs of the layers whose indices are keys of ``taps`` are put there."""
     layers, taps, i = list(layers), {} if taps is None else taps, 0
     while i < len(layers):
         layer, bn = layers[i], None
         if isinstance(layer, nn.Conv2d):
-            if i + 1 < len(layers) and isinstance(layers[i + 1], nn.BatchNorm2d) and i not in taps:
+            if isinstance(_after(layers, i), nn.BatchNorm2d) and i not in taps:
                 i, bn = i + 1, layers[i + 1]
-            x = conv_bn(x, layer, bn)
+            following = _after(layers, i)
+            relu = type(following) is nn.ReLU and i not in taps and not has_hooks(following)
+            x = conv_bn(x, layer, bn, relu)
+            i += relu
         else:
             x = run(layer, x) if isinstance(layer, nn.Sequential) else layer(x)
         if i in taps:  # an in-place ReLU may be next
-            taps[i] = x.clone() if i + 1 < len(layers) and isinstance(layers[i + 1], nn.ReLU) else x
+            taps[i] = x.clone() if isinstance(_after(layers, i), nn.ReLU) else x
         i += 1
     return x
+
+
+def _after(layers: list[nn.Module], i: int) -> nn.Module | None:
+    return layers[i + 1] if i + 1 < len(layers) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

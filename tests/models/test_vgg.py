@@ -60,10 +60,12 @@ def test_equal_to_torchvision(bn):
         close(a / e.abs().max(), e / e.abs().max())
 
 
-def test_training_of_torchvision():
-    """The same seed drops the same units: the same loss and gradients."""
+@pytest.mark.parametrize(("dtype", "tolerance", "seed"), [(torch.float64, 1e-9, 0), (torch.float32, 1e-3, 1)])
+def test_training_of_torchvision(dtype, tolerance, seed):
+    """The same seed drops the same units: the same loss and gradients. In float32 the seed is one at which rounding
+    turns no ReLU off: where it does, torchvision's own gradients are 1e-2 from those of float64."""
     peer = pytest.importorskip("torchvision").models.vgg
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     ours = VGG("A", batch_norm=True, num_classes=5, hidden=64)
     theirs = peer.VGG(peer.make_layers(peer.cfgs["A"], batch_norm=True), num_classes=5, init_weights=False)
     theirs.classifier = nn.Sequential(
@@ -71,16 +73,16 @@ def test_training_of_torchvision():
         nn.Linear(64, 5),
     )  # fmt: skip
     theirs.load_state_dict(ours.state_dict())
-    x, y = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])
+    x, y = torch.randn(2, 3, 64, 64, dtype=dtype), torch.tensor([1, 3])
     losses = []
-    for model in (ours, theirs):
+    for model in (ours.to(dtype), theirs.to(dtype)):
         torch.manual_seed(1)
         losses.append(F.cross_entropy(model(x), y))
         losses[-1].backward()
     close(losses[0], losses[1])
     for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         scale = other.grad.abs().max()
-        assert (parameter.grad - other.grad).abs().max() <= 1e-3 * scale + 1e-6, name
+        assert (parameter.grad - other.grad).abs().max() <= tolerance * scale + tolerance / 1000, name
     close(ours.state_dict()["features.1.running_mean"], theirs.state_dict()["features.1.running_mean"])
 
 
