@@ -23,8 +23,9 @@ class Entry:
         name: what :func:`create_model` takes.
         build: makes the model; keyword arguments override its defaults.
         paper: title, first author and arXiv number.
-        task: ``"classification"``, logits of a batch of images; or ``"detection"``, torchvision's contract: a list of
-            images, with targets in training, becomes a dict of losses or a list of dicts of boxes, labels and scores.
+        task: ``"classification"``, logits of a batch of images; ``"features"``, a dict of their maps by layer; or
+            ``"detection"``, torchvision's contract: a list of images, with targets in training, becomes a dict of
+            losses or a list of dicts of boxes, labels and scores.
         input: what images the model wants: shape, dtype, color order, range, normalisation.
         parameters: how many numbers the model of the paper learns, exactly.
         tiny: arguments that make it small enough for a test.

@@ -9,7 +9,7 @@ Departures from the paper, each with an option for the original (:data:`PAPER` h
     the content loss is a mean, so that a weight does as much in a picture of any size; ``content_loss="sum"``.
     the search starts from the content; ``init="noise"``.
     filters are scaled to a mean activation of 1 on the two pictures, not on ImageNet: see :func:`rescale`.
-Without trained weights filters are random, which is enough for textures, but sees no objects.
+Without trained weights filters are random, which is enough for textures; see :data:`RANDOM`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from pyzoo.ops import gram_loss, gram_matrix
 CONTENT = {"conv4_2": 0.05}
 STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
 
-# Options of :func:`style_transfer`: those of the paper, and those of the first author's program, whose style loss of a
-# layer is 1000 times the mean squared difference of F F^T / (N M).
+# Options of :func:`style_transfer`: those of the paper; those of the first author's program, whose style loss of a
+# layer is 1000 times the mean squared difference of F F^T / (N M); and those for random filters.
 PAPER = {"content_layers": {"conv4_2": 1e-3}, "content_loss": "sum", "style_layers": STYLE, "init": "noise"}
 PORT = {
     "content_layers": {"conv4_2": 1.0},
     "style_layers": {f"conv{i}_1": 4e3 / n**2 for i, n in enumerate((64, 128, 256, 512, 512), 1)},
     "init": "content",
 }
+RANDOM = {"content_layers": {"conv2_2": 0.02}, "style_layers": {f"conv{block}_1": 1 / 3 for block in range(1, 4)}}
 
 # ------------------------------------------------------------------------------------------------------------------ net
 
@@ -118,7 +119,8 @@ def rescale(net: StyleNet, images: Iterable[Tensor], *, compensate: bool = True,
         net: is changed.
         images: [3, H, W]; large ones are looked at in small.
         compensate: the weights of the next layer make up for it, so that a map is what it was, divided by the means.
-            Otherwise the next layer sees the scaled maps, as suits random filters.
+            Otherwise, for random filters, the next layer sees the scaled maps, and filters are first shifted to a mean
+            of zero before the ReLU: else deep maps are nearly constant, and say little.
         floor: a filter that is hardly ever active is divided by this part of the layer's average.
     """
     maps = [prepare(_shrink(image[None], 512), net.inputs) for image in images]
@@ -132,7 +134,12 @@ def rescale(net: StyleNet, images: Iterable[Tensor], *, compensate: bool = True,
             layer.weight *= before[:, None, None]
         maps = [layer(x) for x in maps]
         if isinstance(layer, nn.Conv2d):
-            mean = sum(x.relu().sum((0, 2, 3)) for x in maps) / sum(x[0, 0].numel() for x in maps)
+            positions = sum(x[0, 0].numel() for x in maps)
+            if not compensate:
+                center = sum(x.sum((0, 2, 3)) for x in maps) / positions
+                layer.bias -= center
+                maps = [x - center[:, None, None] for x in maps]
+            mean = sum(x.relu().sum((0, 2, 3)) for x in maps) / positions
             mean = mean.clamp(min=floor * mean.mean().item())
             before = torch.where(mean > 0, mean, 1)
             layer.weight /= before[:, None, None, None]
@@ -384,14 +391,16 @@ def style_transfer(
         image.grad *= scale
         return history[-1]["loss"] * scale
 
+    def picture() -> Tensor:
+        return (with_luminance_of(image.detach(), shown) if color == "luminance" else image.detach())[0]
+
     for step in range(1, steps + 1):
         search.step(closure)
         if not torch.isfinite(image).all():
             raise FloatingPointError(f"style_transfer: pixels are not finite after step {step}; try a smaller lr")
         if callback is not None:
-            callback(step, history[-1], image.detach()[0])
-    image = image.detach()
-    return (with_luminance_of(image, shown) if color == "luminance" else image)[0], history
+            callback(step, history[-1], picture())
+    return picture(), history
 
 
 def texture_synthesis(
