@@ -474,8 +474,8 @@ def _checked(name: str, image: Tensor | None, net: StyleNet, layers: Mapping[str
     _require(image.dim() == 3 and image.shape[0] == 3, name, "of shape [3, H, W]", list(image.shape))
     least = max((net.stride(layer) for layer in layers), default=1)
     deepest = max(layers, default="")
-    size = " x ".join(map(str, image.shape[1:]))
-    _require(min(image.shape[1:]) >= least, name, f"at least {least} x {least} for {deepest or 'any net'}", size)
+    allowed = f"at least {least} x {least} for {deepest or 'any net'}"
+    _require(min(image.shape[1:]) >= least, name, allowed, list(image.shape[1:]))
     _require(bool(torch.isfinite(image).all()), name, "finite", "NaN or infinity")
     return image.detach()[None]
 
