@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs ``pyzoo VERB ...`` and returns the exit status."""
     parser = argparse.ArgumentParser(prog="pyzoo", description="Fast vision kernels for PyTorch and NumPy.")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for add in (add_info, add_models, add_bench, add_tune, add_reproduce):
+    for add in (add_info, add_models, add_bench, add_tune, add_reproduce, add_style):
         add(verbs)
     args = parser.parse_args(argv)
     try:
@@ -112,6 +112,84 @@ def reproduce(args: argparse.Namespace) -> int:
             raise CommandError(f"there is no paper {paper!r} to reproduce; there are {', '.join(known)}")
     wanted = known if "all" in args.papers else args.papers
     return max([run(paper, Path(args.output), args.seed) for paper in wanted])
+
+
+def add_style(verbs) -> None:
+    parser = verbs.add_parser("style", help="paint a picture in the style of another", description=style.__doc__)
+    add = parser.add_argument
+    add("content", metavar="CONTENT", help="the picture to paint")
+    add("style", metavar="STYLE", help="the picture that shows how")
+    add("-o", "--output", metavar="OUT", required=True, help="file for the result; its ending says of what kind")
+    add(
+        "--weights", metavar="FILE", help="torchvision's VGG-19, or one with layers named as in Caffe (default: random)"
+    )
+    add("--size", type=positive, default=512, metavar="N", help="longest side; larger pictures are scaled down to it")
+    add("--steps", type=positive, default=300, metavar="N", help="how long to search (default: %(default)s)")
+    add("--optimizer", choices=("lbfgs", "adam"), default="lbfgs", help="adam needs less memory (default: %(default)s)")
+    add("--init", default="content", metavar="START", help="content, style, noise or a file (default: %(default)s)")
+    add("--content-layers", type=layer_weights, metavar="W", help="weights by layer, as conv4_2=0.05")
+    add("--style-layers", type=layer_weights, metavar="W", help="the same, as conv1_1=0.5,conv2_1=0.5")
+    add(
+        "--color",
+        choices=("match", "luminance"),
+        help="keep the colors of CONTENT: style recolored, or lightness alone",
+    )
+    add("--tile", type=positive, metavar="N", help="bounds memory: the net sees N x N pixels at once")
+    add("--seed", type=int, default=0, metavar="N", help="of noise and of random filters (default: %(default)s)")
+    parser.set_defaults(run=style)
+
+
+def style(args: argparse.Namespace) -> int:
+    """Neural style transfer. Large pictures take long: first make a small one, then give it as --init to a larger run
+    with --tile. Ctrl-C keeps what there is so far, to go on from with --init."""
+    try:
+        return paint(args)
+    except ModuleNotFoundError as error:
+        raise CommandError(str(error)) from error
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise CommandError(str(error).removeprefix("style_transfer: ")) from error
+
+
+def paint(args: argparse.Namespace) -> int:
+    import torch
+
+    from pyzoo._extras import need
+    from pyzoo.data.picture import check_writable, read_picture, write_picture
+    from pyzoo.models.neural_style import RANDOM, style_net, style_transfer
+
+    output = Path(args.output)
+    check_writable(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    content, style = (read_picture(path, args.size).to(device) for path in (args.content, args.style))
+    options = {} if args.weights else dict(RANDOM)
+    given = {"content_layers": args.content_layers, "style_layers": args.style_layers}
+    options |= {name: value for name, value in given.items() if value is not None}
+    if args.init not in ("content", "style", "noise"):
+        args.init = read_picture(args.init).to(device)
+    net = style_net(args.weights, [content, style], seed=args.seed).to(device)
+    with need("tqdm.auto", "pyzoo style").tqdm(total=args.steps, unit="step") as bar:
+        painted, stopped = content, False
+
+        def show(step, losses, image):
+            nonlocal painted
+            painted = image
+            bar.set_postfix(content=f"{losses['content']:.4g}", style=f"{losses['style']:.4g}", refresh=False)
+            bar.update()
+
+        options |= {name: getattr(args, name) for name in ("steps", "optimizer", "init", "color", "tile", "seed")}
+        try:
+            painted, _ = style_transfer(content, style, net, callback=show, **options)
+        except KeyboardInterrupt:
+            stopped = True
+    write_picture(painted, output)
+    print(f"{output}: {painted.shape[2]} x {painted.shape[1]}{', not finished' if stopped else ''}")
+    return 130 if stopped else 0
+
+
+def layer_weights(text: str) -> dict[str, float]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {layer.strip(): float(weight) if weight or equals else 1.0 for layer, equals, weight in pairs}
 
 
 def run_from_tree(module: str, verb: str, args: argparse.Namespace) -> int:

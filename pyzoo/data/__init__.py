@@ -4,6 +4,7 @@ from pyzoo.data._common import detection_collate
 from pyzoo.data.coco import CocoDetection
 from pyzoo.data.digits import DigitScenes, digits
 from pyzoo.data.folder import image_folder
+from pyzoo.data.picture import read_picture, write_picture
 from pyzoo.data.small import cifar10, mnist
 from pyzoo.data.voc import VocDetection
 
@@ -16,4 +17,6 @@ __all__ = [
     "digits",
     "image_folder",
     "mnist",
+    "read_picture",
+    "write_picture",
 ]

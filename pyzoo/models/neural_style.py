@@ -1,0 +1,494 @@
+"""Image Style Transfer Using Convolutional Neural Networks. L. A. Gatys, A. S. Ecker, M. Bethge. CVPR 2016; first as
+A Neural Algorithm of Artistic Style, arXiv 1508.06576.
+
+In a net that has learned to classify, the map of a deep layer says what is in a picture, and which channels of a layer
+are active together, its Gram matrix, says what the picture is painted like. A third picture is sought, by gradient
+descent on its pixels, that has the map of one picture and the Gram matrices of another.
+
+Departures from the paper, each with an option for the original (:data:`PAPER` has them all):
+    the content loss is a mean, so that a weight does as much in a picture of any size; ``content_loss="sum"``.
+    the search starts from the content; ``init="noise"``.
+    filters are scaled to a mean activation of 1 on the two pictures, not on ImageNet: see :func:`rescale`.
+Without trained weights filters are random, which is enough for textures; see :data:`RANDOM`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyzoo.checkpoint import load_weights
+from pyzoo.models._registry import register_model
+from pyzoo.models.vgg import INPUTS, layer_index, make_features, prepare, run
+from pyzoo.ops import gram_loss, gram_matrix
+
+CONTENT = {"conv4_2": 0.05}
+STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
+
+# Options of :func:`style_transfer`: those of the paper; those of the first author's program, whose style loss of a
+# layer is 1000 times the mean squared difference of F F^T / (N M); and those for random filters.
+PAPER = {"content_layers": {"conv4_2": 1e-3}, "content_loss": "sum", "style_layers": STYLE, "init": "noise"}
+PORT = {
+    "content_layers": {"conv4_2": 1.0},
+    "style_layers": {f"conv{i}_1": 4e3 / n**2 for i, n in enumerate((64, 128, 256, 512, 512), 1)},
+    "init": "content",
+}
+RANDOM = {"content_layers": {"conv2_2": 0.02}, "style_layers": {f"conv{block}_1": 1 / 3 for block in range(1, 4)}}
+
+# ------------------------------------------------------------------------------------------------------------------ net
+
+
+class StyleNet(nn.Module):
+    """The convolutions of VGG-19, with average pooling: images [N, 3, H, W], RGB in [0, 1], -> maps after the ReLU,
+    by name of layer, "conv1_1" [N, 64, H, W] to "conv5_4" [N, 512, H / 16, W / 16].
+
+    Args:
+        pool: "avg", or "max" as in VGG.
+        width: channels of the first block.
+        inputs: what weights want, a key of :data:`pyzoo.models.vgg.INPUTS`.
+    """
+
+    def __init__(self, *, pool: str = "avg", width: int = 64, inputs: str = "torchvision"):
+        super().__init__()
+        self.features = make_features("E", pool=pool, width=width)
+        self.inputs = inputs
+        self.index = {f"conv{name[4:]}": i for name, i in layer_index(self.features).items() if name[:4] == "relu"}
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """No layer after the last of ``layers`` (by default all) is run."""
+        layers = list(self.index) if layers is None else list(layers)
+        maps = {self.index[name]: images for name in layers}
+        x = prepare(images, self.inputs).contiguous(memory_format=torch.channels_last)
+        run(self.features[: max(maps, default=-1) + 1], x, maps)
+        return {name: maps[self.index[name]] for name in layers}
+
+    def stride(self, layer: str) -> int:
+        return 2 ** (int(layer[4]) - 1)
+
+
+def style_net(
+    weights: str | Path | None = None, images: Sequence[Tensor] = (), *, pool: str = "avg", seed: int = 0
+) -> StyleNet:
+    """A net for style transfer between these images, to which its filters are scaled.
+
+    Args:
+        weights: a file of torchvision's VGG-19, or of one whose layers are named as in Caffe, ``conv1_1.weight``;
+            None for random filters.
+        images: [3, H, W], RGB in [0, 1].
+        pool: "avg" or "max".
+        seed: of random filters.
+    """
+    net = StyleNet(pool=pool).requires_grad_(False)
+    if weights is None:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in net.features:
+            if isinstance(layer, nn.Conv2d):
+                random = torch.empty(layer.weight.shape)
+                layer.weight.copy_(nn.init.orthogonal_(random, 2**0.5, generator=generator))
+                nn.init.zeros_(layer.bias)
+    else:
+        _load(net, weights)
+    if images:
+        rescale(net, images, compensate=weights is not None)
+    return net
+
+
+def _load(net: StyleNet, path: str | Path) -> None:
+    convs = {name: f"features.{i}" for name, i in layer_index(net.features).items()}
+    seen = set()
+
+    def rename(name: str) -> str | None:
+        layer, _, what = name.rpartition(".")
+        seen.add(layer)
+        return None if layer.startswith(("classifier.", "fc")) else f"{convs.get(layer, layer)}.{what}"
+
+    load_weights(net, path, rename=rename)
+    net.inputs = "caffe" if "conv1_1" in seen else "torchvision"
+
+
+@torch.no_grad()
+def rescale(net: StyleNet, images: Iterable[Tensor], *, compensate: bool = True, floor: float = 0.1) -> None:
+    """Section 2: divides each filter by its mean activation over images and positions, which then is 1.
+
+    Args:
+        net: is changed.
+        images: [3, H, W]; large ones are looked at in small.
+        compensate: the weights of the next layer make up for it, so that a map is what it was, divided by the means.
+            Otherwise, for random filters, the next layer sees the scaled maps, and filters are first shifted to a mean
+            of zero before the ReLU: else deep maps are nearly constant, and say little.
+        floor: a filter that is hardly ever active is divided by this part of the layer's average.
+    """
+    maps = [prepare(_shrink(image[None], 512), net.inputs) for image in images]
+    before = None
+    for layer in net.features:
+        if not isinstance(layer, (nn.Conv2d, nn.ReLU)):
+            maps = [x for x in maps if min(x.shape[2:]) > 1]
+            if not maps:
+                return  # nothing is known of deeper layers, nor wanted
+        if compensate and before is not None and isinstance(layer, nn.Conv2d):
+            layer.weight *= before[:, None, None]
+        maps = [layer(x) for x in maps]
+        if isinstance(layer, nn.Conv2d):
+            positions = sum(x[0, 0].numel() for x in maps)
+            if not compensate:
+                center = sum(x.sum((0, 2, 3)) for x in maps) / positions
+                layer.bias -= center
+                maps = [x - center[:, None, None] for x in maps]
+            mean = sum(x.relu().sum((0, 2, 3)) for x in maps) / positions
+            mean = mean.clamp(min=floor * mean.mean().item())
+            before = torch.where(mean > 0, mean, 1)
+            layer.weight /= before[:, None, None, None]
+            layer.bias /= before
+            maps = [x / before[:, None, None] for x in maps]
+
+
+def _shrink(images: Tensor, longest: int) -> Tensor:
+    scale = longest / max(images.shape[2:])
+    return _resize(images, [max(1, round(side * scale)) for side in images.shape[2:]]) if scale < 1 else images
+
+
+def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tiles
+
+
+def windows(size: int, tile: int | None, halo: int) -> list[tuple[int, int, int, int]]:
+    """Along one axis: where a crop begins, its core begins, its core ends and it ends. Cores tile the axis."""
+    if tile is None:
+        return [(0, 0, size, size)]
+    ends = [(begin, min(begin + tile, size)) for begin in range(0, size, tile)]
+    return [(max(0, begin - halo), begin, end, min(size, end + halo)) for begin, end in ends]
+
+
+def halo_of(net: StyleNet, layers: Sequence[str]) -> tuple[int, int]:
+    """The deepest stride of these layers, and how far beyond its own pixels their deepest cell sees, in multiples of
+    that: 16 and 80 for conv5_1. What padding does at the edge of a crop does not reach its core."""
+    reach, stride = 0, 1
+    for layer in net.features[: max(net.index[name] for name in layers)]:
+        if isinstance(layer, nn.Conv2d):
+            reach += stride * (layer.kernel_size[0] // 2)
+        elif not isinstance(layer, nn.ReLU):
+            stride *= 2
+    return stride, -(-reach // stride) * stride
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+class Objective:
+    """What of the picture differs from the content and the style, equation 7, and the gradient in its pixels.
+
+    content: w / 2 sum of (F - P)^2, equation 1; or w times the mean of (F - P)^2.
+    style: w / (4 N^2) sum of (G / M - A / M')^2, equation 4, where pictures may have different numbers of positions.
+
+    Args:
+        net: whose maps are compared.
+        content: the picture to have the maps of, [1, 3, H, W]; or None.
+        style: the picture to have the Gram matrices of; or None.
+        content_layers, style_layers: weights by name of layer.
+        content_loss: "mean" or "sum".
+        tile: the net sees the picture in tiles of this height and width, and what they border on. Values are those of
+            the whole up to rounding. Maps of the content are kept, but those that the gradient needs only for one tile.
+    """
+
+    def __init__(
+        self,
+        net: StyleNet,
+        content: Tensor | None,
+        style: Tensor | None,
+        content_layers: Mapping[str, float],
+        style_layers: Mapping[str, float],
+        content_loss: str = "mean",
+        tile: int | None = None,
+    ):
+        self.net, self.content_loss = net, content_loss
+        self.content_layers = {} if content is None else dict(content_layers)
+        self.style_layers = {} if style is None else dict(style_layers)
+        self.layers = sorted({*self.content_layers, *self.style_layers}, key=list(net.index).index)
+        stride, self.halo = halo_of(net, self.layers)
+        self.tile = None if tile is None else -(-tile // stride) * stride
+        with torch.no_grad():
+            self.content = {} if content is None else self._whole_maps(content, self.content_layers)
+            self.style = {} if style is None else self._grams(style)
+
+    def backward(self, image: Tensor) -> dict[str, float]:
+        """Both losses; the gradient of their sum becomes ``image.grad``."""
+        return (self._backward_whole if self.tile is None else self._backward_tiled)(image)
+
+    def _backward_whole(self, image: Tensor) -> dict[str, float]:
+        maps = self.net(image, self.layers)
+        content = sum((self._content_loss(name, maps[name]) for name in self.content_layers), image.new_zeros(()))
+        style = sum(
+            (
+                w * maps[name].shape[1] ** 2 / 4 * gram_loss(maps[name], self.style[name])
+                for name, w in self.style_layers.items()
+            ),
+            image.new_zeros(()),
+        )
+        image.grad = torch.autograd.grad(content + style, image)[0].contiguous()  # as L-BFGS wants it
+        return {"content": content.item(), "style": style.item()}
+
+    def _backward_tiled(self, image: Tensor) -> dict[str, float]:
+        """First the Gram matrices, without a gradient; the gradient in them is that in the maps of each tile."""
+        with torch.no_grad():
+            difference = {name: gram - self.style[name] for name, gram in self._grams(image).items()}
+        style = sum(w / 4 * difference[name].square().sum().item() for name, w in self.style_layers.items())
+        content = 0.0
+        image.grad = torch.zeros_like(image)
+        for crop, maps, places in self._crops(image, self.layers, grad=True):
+            loss = crop.new_zeros(())
+            for name in self.content_layers:
+                loss = loss + self._content_loss(name, maps[name], places[name])
+            content += loss.item()
+            for name, w in self.style_layers.items():
+                loss = loss + (difference[name] * self._gram_part(image, name, maps[name])).sum() * (w / 2)
+            (grad,) = torch.autograd.grad(loss, crop)
+            image.grad[..., places["crop"][0], places["crop"][1]] += grad
+        return {"content": content, "style": style}
+
+    def _content_loss(self, name: str, maps: Tensor, place: tuple[slice, slice] = (slice(None), slice(None))) -> Tensor:
+        target = self.content[name]
+        scale = 1 / target.numel() if self.content_loss == "mean" else 0.5
+        return (maps - target[..., place[0], place[1]]).square().sum() * (self.content_layers[name] * scale)
+
+    def _gram_part(self, image: Tensor, name: str, core: Tensor) -> Tensor:
+        """What the positions of ``core`` give to the Gram matrix of the whole image, over N M."""
+        positions = (image.shape[2] // self.net.stride(name)) * (image.shape[3] // self.net.stride(name))
+        return gram_matrix(core) * (core.shape[2] * core.shape[3] / positions)
+
+    def _grams(self, image: Tensor) -> dict[str, Tensor]:
+        grams: dict[str, Tensor] = {}
+        for _, maps, _ in self._crops(image, self.style_layers):
+            for name, core in maps.items():
+                part = self._gram_part(image, name, core)
+                grams[name] = grams[name] + part if name in grams else part
+        return grams
+
+    def _whole_maps(self, image: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        for _, maps, places in self._crops(image, layers):
+            for name, core in maps.items():
+                if name not in whole:
+                    size = [side // self.net.stride(name) for side in image.shape[2:]]
+                    whole[name] = core.new_empty(1, *size, core.shape[1]).permute(0, 3, 1, 2)
+                whole[name][..., places[name][0], places[name][1]] = core
+        return whole
+
+    def _crops(self, image: Tensor, layers: Iterable[str], grad: bool = False) -> Iterator[tuple[Tensor, dict, dict]]:
+        """Crops of the image; the cores of their maps, by layer; where those are in the maps of the whole, and the
+        "crop" in the image."""
+        for y0, y1, y2, y3 in windows(image.shape[2], self.tile, self.halo):
+            for x0, x1, x2, x3 in windows(image.shape[3], self.tile, self.halo):
+                crop = image.detach()[..., y0:y3, x0:x3].requires_grad_(grad)
+                cores, places = {}, {"crop": (slice(y0, y3), slice(x0, x3))}
+                for name, maps in self.net(crop, layers).items():
+                    s = self.net.stride(name)  # divides all but the size of the image, which pooling rounds down
+                    cores[name] = maps[..., (y1 - y0) // s : (y2 - y0) // s, (x1 - x0) // s : (x2 - x0) // s]
+                    places[name] = slice(y1 // s, y2 // s), slice(x1 // s, x2 // s)
+                yield crop, cores, places
+
+
+# ------------------------------------------------------------------------------------------------------------- transfer
+
+OPTIMIZERS = {"lbfgs": 1.0, "adam": 0.02}  # and their learning rates, for pixels in [0, 1]
+HISTORY = 20  # steps that L-BFGS remembers, two numbers a value of the picture each
+INITS = ("content", "style", "noise")
+COLORS = (None, "match", "luminance")
+
+
+def style_transfer(
+    content: Tensor | None,
+    style: Tensor | None,
+    net: StyleNet,
+    *,
+    steps: int = 500,
+    optimizer: str = "lbfgs",
+    lr: float | None = None,
+    init: str | Tensor = "content",
+    content_layers: Mapping[str, float] = CONTENT,
+    style_layers: Mapping[str, float] = STYLE,
+    content_loss: str = "mean",
+    color: str | None = None,
+    tile: int | None = None,
+    seed: int = 0,
+    callback: Callable[[int, dict[str, float], Tensor], object] | None = None,
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """A picture with the content of one and the style of another.
+
+    ::
+
+        net = style_net("vgg19-dcbb9e9d.pth", [content, style])
+        image, losses = style_transfer(content, style, net)
+
+    Args:
+        content: [3, H, W] of float, RGB in [0, 1]; None: nothing but the style counts.
+        style: the same, of any other size; None: nothing but the content counts.
+        net: what :func:`style_net` gives, on the device of the pictures.
+        steps: how often losses and their gradient are computed.
+        optimizer: "lbfgs", or "adam", which keeps 6 numbers a pixel rather than 120.
+        lr: learning rate; by default 1 for L-BFGS and 0.02 for Adam.
+        init: "content", "style", "noise" or a picture, which is scaled to the size of the content.
+        content_layers, style_layers: weights by name of layer, "conv1_1" to "conv5_4"; see :class:`Objective`.
+        content_loss: "mean", or "sum" as in the paper.
+        color: "match" or "luminance" keep the colors of the content: the style first gets their mean and covariance, or
+            lightness alone is transferred (Gatys et al., arXiv 1606.05897).
+        tile: height and width of what the net sees at once, for pictures of any size in bounded memory; None: all.
+        seed: of the noise.
+        callback: ``callback(step, losses, image)`` after each step.
+
+    Returns:
+        the picture [3, H, W], values not clipped; and a dict a step of step, loss, and its parts content and style.
+
+    Raises:
+        FloatingPointError: the search left the finite numbers.
+        TypeError, ValueError: an argument is not as said.
+    """
+    _require(optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", optimizer)
+    _require(steps > 0, "steps", "at least 1", steps)
+    _require(color in COLORS, "color", "None, 'match' or 'luminance'", color)
+    _require(content_loss in ("mean", "sum"), "content_loss", "'mean' or 'sum'", content_loss)
+    _require(tile is None or tile > 0, "tile", "None or at least 1", tile)
+    content = _checked("content", content, net, content_layers)
+    style = _checked("style", style, net, style_layers)
+    given = {"content": content, "style": style}
+    if isinstance(init, Tensor):
+        given["init"], init = _checked("init", init, net, {}), "init"
+    counts = (content is not None and content_layers) or (style is not None and style_layers)
+    _require(bool(counts), "content, style", "a picture and layers of it, one at least", "none")
+    _require(color is None or not (content is None or style is None), "color", "None without both pictures", color)
+    _require(init == "noise" or given.get(init) is not None, "init", "'noise' or a picture that is given", init)
+
+    shown = content
+    if color == "match":
+        style = match_colors(style, content)
+    elif color == "luminance":
+        content, style = luminance_of(content, style)
+    objective = Objective(net, content, style, content_layers, style_layers, content_loss, tile)
+    size = next(given[k] for k in ("content", "init", "style") if given.get(k) is not None).shape[2:]
+    image = noise(size, net, seed) if init == "noise" else _resize(given[init], size).contiguous().clone()
+    image, history = image.requires_grad_(), []
+    lr = OPTIMIZERS[optimizer] if lr is None else lr
+    if optimizer == "lbfgs":
+        options = {"history_size": HISTORY, "tolerance_grad": 0, "tolerance_change": 0}
+        search = torch.optim.LBFGS([image], lr, max_iter=1, **options)
+    else:
+        search = torch.optim.Adam([image], lr)
+    scale = None
+
+    def closure() -> float:
+        nonlocal scale
+        losses = objective.backward(image)
+        history.append({"step": len(history) + 1, "loss": sum(losses.values()), **losses})
+        if scale is None:  # both optimizers have constants for gradients of about 1
+            scale = 1 / max(image.grad.abs().mean().item(), 1e-30)
+        image.grad *= scale
+        return history[-1]["loss"] * scale
+
+    def picture() -> Tensor:
+        return (with_luminance_of(image.detach(), shown) if color == "luminance" else image.detach())[0]
+
+    for step in range(1, steps + 1):
+        search.step(closure)
+        if not torch.isfinite(image).all():
+            raise FloatingPointError(f"style_transfer: pixels are not finite after step {step}; try a smaller lr")
+        if callback is not None:
+            callback(step, history[-1], picture())
+    return picture(), history
+
+
+def texture_synthesis(
+    style: Tensor, net: StyleNet, size: tuple[int, int] | None = None, *, seed: int = 0, **options
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """A picture of the style alone, from noise, of height and width ``size``; else as :func:`style_transfer`."""
+    start = noise(style.shape[-2:] if size is None else size, net, seed)[0]
+    return style_transfer(None, style, net, init=start, **options)
+
+
+def content_inversion(content: Tensor, net: StyleNet, layer: str, **options) -> tuple[Tensor, list[dict[str, float]]]:
+    """A picture, from noise, with the maps of one layer: what that layer knows; else as :func:`style_transfer`."""
+    return style_transfer(content, None, net, init="noise", content_layers={layer: 1.0}, **options)
+
+
+def noise(size: Iterable[int], net: StyleNet, seed: int = 0) -> Tensor:
+    """White noise [1, 3, H, W] around the color that the net takes for zero."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.tensor(INPUTS[net.inputs][0])[:, None, None]
+    return ((mean + 30 * torch.randn(1, 3, *size, generator=generator)) / 255).to(net.features[0].weight)
+
+
+# -------------------------------------------------------------------------------------------------------------- colors
+
+TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+
+
+def match_colors(image: Tensor, other: Tensor) -> Tensor:
+    """Gives the pixels of ``image`` mean and covariance of the other's: x -> S_o^(1/2) S_i^(-1/2) (x - m_i) + m_o."""
+
+    def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = x[0].flatten(1).double()
+        values, vectors = torch.linalg.eigh(x.cov(correction=0))
+        return x.mean(1, keepdim=True), values.clamp(min=1e-5).sqrt(), vectors
+
+    (mean, deviations, axes), (new_mean, new_deviations, new_axes) = moments(image), moments(other)
+    map = new_axes * new_deviations @ new_axes.T @ (axes / deviations @ axes.T)
+    return (map @ (image[0].flatten(1) - mean) + new_mean).view(image.shape).to(image.dtype)
+
+
+def luminance_of(content: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in grey; the style with the mean and the deviation of the content."""
+    y, other = (torch.einsum("nchw,c->nhw", x, x.new_tensor(TO_YIQ[0]))[:, None] for x in (content, style))
+    other = (other - other.mean()) * (y.std(correction=0) / other.std(correction=0).clamp(min=1e-3)) + y.mean()
+    return y.expand(-1, 3, -1, -1), other.expand(-1, 3, -1, -1)
+
+
+def with_luminance_of(image: Tensor, content: Tensor) -> Tensor:
+    """The content, with the luminance of ``image``: grey is added where it differs."""
+    return content + torch.einsum("nchw,c->nhw", image - content, content.new_tensor(TO_YIQ[0]))[:, None]
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _require(holds: bool, name: str, allowed: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"style_transfer: {name} must be {allowed}, got {value!r}")
+
+
+def _checked(name: str, image: Tensor | None, net: StyleNet, layers: Mapping[str, float]) -> Tensor | None:
+    """The picture with a batch dimension, after all that could be wrong with it and with its layers."""
+    for layer, weight in layers.items():
+        _require(layer in net.index, f"{name}_layers", f"weights of some of {', '.join(net.index)}", layer)
+        _require(0 <= weight < float("inf"), f"{name}_layers[{layer!r}]", "finite and not negative", weight)
+    if image is None:
+        return None
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"style_transfer: {name} must be a tensor of a floating dtype, got {got}")
+    _require(image.dim() == 3 and image.shape[0] == 3, name, "of shape [3, H, W]", list(image.shape))
+    least = max((net.stride(layer) for layer in layers), default=1)
+    deepest = max(layers, default="")
+    allowed = f"at least {least} x {least} for {deepest or 'any net'}"
+    _require(min(image.shape[1:]) >= least, name, allowed, list(image.shape[1:]))
+    _require(bool(torch.isfinite(image).all()), name, "finite", "NaN or infinity")
+    return image.detach()[None]
+
+
+# ------------------------------------------------------------------------------------------------------------- registry
+
+register_model(
+    "neural_style_vgg19",
+    StyleNet,
+    paper="Image Style Transfer Using Convolutional Neural Networks, Gatys et al., arXiv 1508.06576",
+    task="features",
+    input="[N, 3, H, W] float, RGB in [0, 1]",
+    parameters=20_024_384,
+    tiny={"width": 4},
+    size=(32, 49),
+)
