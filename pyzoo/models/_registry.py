@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 # One module a paper. Each registers its models when it is imported.
-PAPERS = ("resnet", "vgg", "spp_net", "fpn", "faster_rcnn", "mask_rcnn", "ssd", "yolo_v1")
+PAPERS = ("resnet", "vgg", "spp_net", "fpn", "faster_rcnn", "mask_rcnn", "ssd", "yolo_v1", "mobilenet_v2")
 
 
 @dataclass(frozen=True)

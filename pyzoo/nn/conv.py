@@ -3,9 +3,11 @@ call, where nothing learns."""
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -18,34 +20,68 @@ FOLDS = (nn.Conv2d, DepthwiseConv2d)
 _KEPT: WeakKeyDictionary[nn.Conv2d, tuple] = WeakKeyDictionary()
 
 
-def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None = None) -> Tensor:
-    """``bn(conv(x))``, or ``conv(x)``.
+def conv_bn(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: nn.Module | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(bn(conv(x)) + residual)``, where all but the convolution may be left out.
 
     Where the statistics are fixed, the weights of the convolution take the scale and its bias the shift, which saves a
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call, on the CPU for float32 and channels_last in the order that the library of convolutions wants.
     Results agree to rounding. Modules with hooks and other kinds of modules are called as usual.
+
+    Args:
+        x: Tensor[N, C, H, W].
+        conv: the convolution.
+        bn: its batch norm.
+        activation: None, "relu" or "relu6".
+        residual: Tensor of the shape of the output, which is added before the activation.
     """
     plain = type(x) is Tensor and type(conv) in FOLDS and not _has_hooks(conv)
     if not plain or not (bn is None or (_is_fixed(bn) and not _has_hooks(bn))):
-        return conv(x) if bn is None else bn(conv(x))
+        return _finish(conv(x) if bn is None else bn(conv(x)), activation, residual)
     modules = (conv,) if bn is None else (conv, bn)
     made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
     if learns or torch.compiler.is_compiling() or any(t.is_inference() for t in made_from):
-        return conv(x) if bn is None else conv._conv_forward(x, *_fold(conv, bn))
+        return _convolve(x, conv, *((conv.weight, conv.bias) if bn is None else fold(conv, bn)), activation, residual)
     packs = _can_pack(x, conv, made_from)
     version = [packs, *((t.data_ptr(), t._version, t.dtype) for t in made_from)]
     kept = _KEPT.get(conv)
     if kept is None or kept[0] != version:
         with torch.no_grad():
-            weight, bias = (conv.weight, conv.bias) if bn is None else _fold(conv, bn)
+            weight, bias = (conv.weight, conv.bias) if bn is None else fold(conv, bn)
             if packs:
                 weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), x.shape)
         kept = _KEPT[conv] = version, weight, bias
     if packs:  # without the fused ReLU, which makes NaN zero
-        return torch.ops.mkldnn._convolution_pointwise(x, *kept[1:], *_geometry(conv), "none", [], "")
-    return conv._conv_forward(x, *kept[1:])
+        out = torch.ops.mkldnn._convolution_pointwise(x, *kept[1:], *_geometry(conv), "none", [], "")
+        return _finish(out, activation, residual)
+    return _convolve(x, conv, *kept[1:], activation, residual)
+
+
+def _convolve(x, conv, weight, bias, activation, residual) -> Tensor:
+    if type(conv) is DepthwiseConv2d and residual is None:
+        return conv._conv_forward(x, weight, bias, activation)
+    return _finish(conv._conv_forward(x, weight, bias), activation, residual)
+
+
+def _finish(out: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """What follows the batch norm, over its output."""
+    if residual is not None:
+        out += residual
+    return ACTIVATE[activation](out)
+
+
+ACTIVATE = {
+    None: lambda x: x,
+    "relu": partial(F.relu, inplace=True),
+    "relu6": partial(F.relu6, inplace=True),
+}
 
 
 def _is_fixed(bn: nn.Module) -> bool:
@@ -58,7 +94,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _fold(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def fold(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
     shift = bn.bias - bn.running_mean * scale
     if conv.bias is not None:

@@ -13,7 +13,8 @@ from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 from pyzoo.ops.channel_sum import channel_sum
 
-ACTIVATIONS = (None, "relu", "relu6")
+ACTIVATE = {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}
+ACTIVATIONS = tuple(ACTIVATE)  # by number for the core
 
 _fwd = Kernel("depthwise_conv2d", "depthwise_conv2d_fwd")
 _bwd_input = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_input")
@@ -48,7 +49,7 @@ def depthwise_conv2d_reference(
             rows = slice(ky * dilation[0], ky * dilation[0] + (height - 1) * stride[0] + 1, stride[0])
             columns = slice(kx * dilation[1], kx * dilation[1] + (width - 1) * stride[1] + 1, stride[1])
             output = output + padded[:, :, rows, columns] * weight[:, :, ky, kx, None]
-    return {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation](output)
+    return ACTIVATE[activation](output)
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -485,11 +486,13 @@ class DepthwiseConv2d(nn.Conv2d):
             dtype=dtype,
         )
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+    ) -> Tensor:
         if input.device.type not in ("cpu", "meta") or input.dtype not in common._FLOATS:
-            return super()._conv_forward(input, weight, bias)
+            return ACTIVATE[activation](super()._conv_forward(input, weight, bias))
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return depthwise_conv2d(input, weight, bias, self.stride, padding, self.dilation)
+        return depthwise_conv2d(input, weight, bias, self.stride, padding, self.dilation, activation=activation)
