@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyzoo.nn.batch_norm import FrozenBatchNorm2d
+from pyzoo.ops.batch_norm_act import batch_norm_act
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
 
 FOLDS = (nn.Conv2d, DepthwiseConv2d)
@@ -32,7 +33,8 @@ def conv_bn(
     Where the statistics are fixed, the weights of the convolution take the scale and its bias the shift, which saves a
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call, on the CPU for float32 and channels_last in the order that the library of convolutions wants.
-    Results agree to rounding. Modules with hooks and other kinds of modules are called as usual.
+    In training, on the CPU, what follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`. Results
+    agree to rounding. Modules with hooks and other kinds of modules are called as usual.
 
     Args:
         x: Tensor[N, C, H, W].
@@ -43,7 +45,7 @@ def conv_bn(
     """
     plain = type(x) is Tensor and type(conv) in FOLDS and not _has_hooks(conv)
     if not plain or not (bn is None or (_is_fixed(bn) and not _has_hooks(bn))):
-        return _finish(conv(x) if bn is None else bn(conv(x)), activation, residual)
+        return _finish(conv(x), bn, activation, residual)
     modules = (conv,) if bn is None else (conv, bn)
     made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
@@ -60,21 +62,46 @@ def conv_bn(
         kept = _KEPT[conv] = version, weight, bias
     if packs:  # without the fused ReLU, which makes NaN zero
         out = torch.ops.mkldnn._convolution_pointwise(x, *kept[1:], *_geometry(conv), "none", [], "")
-        return _finish(out, activation, residual)
+        return _finish(out, None, activation, residual)
     return _convolve(x, conv, *kept[1:], activation, residual)
 
 
 def _convolve(x, conv, weight, bias, activation, residual) -> Tensor:
     if type(conv) is DepthwiseConv2d and residual is None:
         return conv._conv_forward(x, weight, bias, activation)
-    return _finish(conv._conv_forward(x, weight, bias), activation, residual)
+    return _finish(conv._conv_forward(x, weight, bias), None, activation, residual)
 
 
-def _finish(out: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    """What follows the batch norm, over its output."""
+def _finish(out: Tensor, bn: nn.Module | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    """What follows the convolution, over its output where that is possible."""
+    if bn is not None:
+        if _trains(bn, out):
+            return _batch_norm_act(out, bn, activation, residual)
+        out = bn(out)
     if residual is not None:
         out += residual
     return ACTIVATE[activation](out)
+
+
+def _trains(bn: nn.Module, x: Tensor) -> bool:
+    return (
+        type(bn) is nn.BatchNorm2d
+        and bn.affine
+        and (bn.training or bn.running_mean is None)
+        and not _has_hooks(bn)
+        and x.dim() == 4
+        and x.device.type == "cpu"
+        and x.is_floating_point()
+    )
+
+
+def _batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, activation: str | None, residual: Tensor | None) -> Tensor:
+    statistics, momentum = {}, bn.momentum
+    if bn.training and bn.track_running_stats:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1 / float(bn.num_batches_tracked) if momentum is None else momentum
+        statistics = {"running_mean": bn.running_mean, "running_var": bn.running_var, "momentum": momentum}
+    return batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps, activation=activation, **statistics)
 
 
 ACTIVATE = {
