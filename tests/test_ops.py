@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import pyzoo
 from pyzoo.ops._common import operators
 from tests.specs import (
+    batch_norm_act,
     batched_nms,
     depthwise_conv2d,
     gram_loss,
@@ -44,6 +45,7 @@ SPECS = [
         gram_loss,
         spatial_pyramid_pool2d,
         depthwise_conv2d,
+        batch_norm_act,
     )
 ]
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]

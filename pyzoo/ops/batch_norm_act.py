@@ -136,32 +136,42 @@ _batch_norm_act = Operator(
 )
 
 
-# The gradients of input, weight, bias, and, if `output` tells where the activation was closed, residual.
+# The gradients of input, weight, bias, and, if `output` tells where the activation was closed, of residual. Mean and
+# var are those of input.
 
 
-def _backward_fake(grad_output, input, weight, bias, output, mean, var, eps, activation):
-    _check("_batch_norm_act_backward", input, weight, bias, output)
-    residual = [] if output is None else [_like(input)]
-    return [_like(input), torch.empty_like(weight), torch.empty_like(bias), *residual]
+def _grad_fake(grad_output, input, weight, bias, output, mean, var, eps, activation):
+    op = "_batch_norm_act_grad"
+    _check(op, input, weight, bias, output)
+    if grad_output.shape != input.shape:
+        raise ValueError(f"{op}: grad_output must have shape {list(input.shape)}, got {list(grad_output.shape)}")
+    if grad_output.dtype != input.dtype:
+        raise TypeError(f"{op}: grad_output must have the dtype of input, {input.dtype}, got {grad_output.dtype}")
+    grad_residual = input.new_empty(0) if output is None else _like(input)
+    return _like(input), torch.empty_like(weight), torch.empty_like(bias), grad_residual
 
 
-def _backward_impl(grad_output, input, weight, bias, output, mean, var, eps, activation, over: Tensor | None = None):
-    """``over``: the memory for the input's gradient."""
-    _check("_batch_norm_act_backward", input, weight, bias, output)
-    last = common.prefers_channels_last(input)
-    grad_input = _like(input) if over is None else over
-    grad_residual = None if output is None else _like(input)
-    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
+def _grad_impl(grad_output, input, weight, bias, output, mean, var, eps, activation):
+    grads = _grad_fake(grad_output, input, weight, bias, output, mean, var, eps, activation)
+    return _grad_into(*grads, grad_output, input, weight, bias, output, mean, var, eps, activation)
+
+
+def _grad_into(grad_input, grad_weight, grad_bias, grad_residual, grad_output, input, weight, bias, output, *rest):
+    """``grad_input`` may be ``grad_output``."""
+    last, wide = common.prefers_channels_last(input), _wide(input.dtype)
     maps = _dense(grad_output, last), _dense(input, last)
-    scale = weight.to(mean.dtype).contiguous(), bias.to(mean.dtype).contiguous()
-    grads = grad_input, grad_weight, grad_bias, grad_residual
-    _bwd(input.device, *maps, *scale, _dense(output, last), mean, var, *grads, eps, activation)
-    return [grad_input, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), *grads[3:][: output is not None]]
+    channels = [t.to(wide).contiguous() for t in (weight, bias)]
+    into = [t.to(wide) for t in (grad_weight, grad_bias)]
+    residual = None if output is None else grad_residual
+    mean, var, eps, activation = rest
+    output = _dense(output, last)
+    _bwd(input.device, *maps, *channels, output, mean, var, grad_input, *into, residual, eps, activation)
+    return grad_input, into[0].to(weight.dtype), into[1].to(bias.dtype), grad_residual
 
 
-def _backward_vmap(info, in_dims, grad_output, input, weight, bias, output, mean, var, *rest):
+def _grad_vmap(info, in_dims, grad_output, input, weight, bias, output, mean, var, *rest):
     size, (g, x, w, b, y, m, v) = info.batch_size, in_dims[:7]
-    grads = _batch_norm_act_backward.op(
+    grads = _batch_norm_act_grad.op(
         common._fold_channels(grad_output, g, size),
         common._fold_channels(input, x, size),
         common._fold_batch(weight, w, size),
@@ -171,21 +181,58 @@ def _backward_vmap(info, in_dims, grad_output, input, weight, bias, output, mean
         common._fold_batch(var, v, size),
         *rest,
     )
-    dims = [1, 0, 0, 1][: len(grads)]
-    return [common._unfold(t, d, size)[0] for t, d in zip(grads, dims, strict=True)], dims
+    dims = [1, 0, 0, None if output is None else 1]
+    grads = [t if d is None else common._unfold(t, d, size)[0] for t, d in zip(grads, dims, strict=True)]
+    return tuple(grads), tuple(dims)
 
 
-_batch_norm_act_backward = Operator(
-    "_batch_norm_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor bias, Tensor? output,"
-    " Tensor mean, Tensor var, float eps, int activation) -> Tensor[]",
-    impl=_backward_impl,
-    fake=_backward_fake,
-    vmap=_backward_vmap,
+_batch_norm_act_grad = Operator(
+    "_batch_norm_act_grad(Tensor grad_output, Tensor input, Tensor weight, Tensor bias, Tensor? output, Tensor mean,"
+    " Tensor var, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    impl=_grad_impl,
+    fake=_grad_fake,
+    vmap=_grad_vmap,
+    constant=("bias", "output", "mean", "var"),
 )
 
 
 # -------------------------------------------------------------------------------------------------------- derivatives
-# The first one is a kernel; in plain PyTorch where it is to be differentiated itself, and forwards.
+# With n(x) = (x - mean) rstd, changes of x change n by rstd P, where P v = v - mean(v) - n mean(v n), which is its own
+# transpose: that is the gradient, too. The derivatives of the gradients are in plain PyTorch, and go on from there.
+
+
+class _Normed:
+    """n(x) of a map, in float32 or better, and P."""
+
+    def __init__(self, input: Tensor, eps: float):
+        self.centered, self.rstd = _centered(_widen(input), eps)
+        self.n = self.centered * self.rstd
+
+    def project(self, v: Tensor) -> Tensor:
+        return v - _mean(v) - self.n * _mean(v * self.n)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean((0, 2, 3), keepdim=True)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 2, 3))
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(_wide(x.dtype))
+
+
+def _of_channels(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype)[:, None, None]
+
+
+def _where_open(x: Tensor, input, weight, bias, output, eps: float, activation: int) -> Tensor:
+    """``x`` where the activation lets a change through, else 0."""
+    if activation and output is None:
+        output = _batch_norm_act(input.detach(), weight.detach(), bias.detach(), None, eps, activation)[0]
+    return common.where_active(x, output, activation)
 
 
 class _BatchNormAct(Function):
@@ -193,7 +240,7 @@ class _BatchNormAct(Function):
     def forward(ctx, input, weight, bias, residual, eps, activation):
         output, mean, var = _batch_norm_act.below_autograd(input, weight, bias, residual, eps, activation)
         ctx.mark_non_differentiable(mean, var)
-        ctx.eps, ctx.activation, ctx.adds = eps, activation, residual is not None
+        ctx.adds, ctx.rest = residual is not None, (eps, activation)
         # Without a residual, where the activation was open is computed again.
         saved = input, weight, bias, output if activation and ctx.adds else None, mean, var
         ctx.save_for_backward(*saved)
@@ -203,60 +250,95 @@ class _BatchNormAct(Function):
     @staticmethod
     def backward(ctx, grad, *_):
         input, weight, bias, output, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grad = _where_open(grad, input, weight, bias, output, ctx)
-            centered, rstd = _centered(_widen(input), ctx.eps)
-            normed, wide = centered * rstd, _widen(grad)
-            scale = (weight[:, None, None] * rstd).to(wide.dtype)
-            away = wide - wide.mean((0, 2, 3), keepdim=True) - normed * (wide * normed).mean((0, 2, 3), keepdim=True)
-            grads = [(scale * away).to(input.dtype), (wide * normed).sum((0, 2, 3)), wide.sum((0, 2, 3))]
-            grads[1:] = (g.to(t.dtype) for g, t in zip(grads[1:], (weight, bias), strict=True))
-            return *grads, grad if ctx.adds else None, None, None
-        arguments = input, weight, bias, output, mean, var, ctx.eps, ctx.activation
-        if (output is not None or not ctx.adds) and _can_overwrite(grad, input) and _counts(grad) == _ALONE:
-            grads = _backward_impl(grad, *arguments, over=grad)
+        arguments = input, weight, bias, output, mean, var, *ctx.rest
+        keeps = ctx.adds and output is None  # the gradient, which is the residual's, too
+        if not keeps and not torch.is_grad_enabled() and _can_overwrite(grad, input) and _counts(grad) == _ALONE:
+            _, *grads = _grad_fake(grad, *arguments)
+            grads = _grad_into(grad, *grads, grad, *arguments)
         else:
-            grads = _batch_norm_act_backward(grad, *arguments)
-        return *grads[:3], (grads[3] if output is not None else grad) if ctx.adds else None, None, None
+            grads = _batch_norm_act_grad(grad, *arguments)
+        return *grads[:3], (grad if keeps else grads[3]) if ctx.adds else None, None, None
 
     @staticmethod
     def jvp(ctx, input_tangent, weight_tangent, bias_tangent, residual_tangent, *_):
         input, weight, bias, output, *_ = ctx.saved_tensors
-        centered, rstd = _centered(_widen(input), ctx.eps)
-        normed, tangent = centered * rstd, None
-        if input_tangent is not None:
-            wide = _widen(input_tangent)
-            away = wide - wide.mean((0, 2, 3), keepdim=True) - normed * (wide * normed).mean((0, 2, 3), keepdim=True)
-            tangent = weight[:, None, None] * rstd * away
+        normed = _Normed(input, ctx.rest[0])
         tangent = common.add_up(
-            tangent,
-            None if weight_tangent is None else weight_tangent[:, None, None] * normed,
-            None if bias_tangent is None else bias_tangent[:, None, None].expand_as(input),
+            None
+            if input_tangent is None
+            else _of_channels(weight, normed.n) * normed.rstd * normed.project(_widen(input_tangent)),
+            None if weight_tangent is None else _of_channels(weight_tangent, normed.n) * normed.n,
+            None if bias_tangent is None else _of_channels(bias_tangent, normed.n).expand_as(input),
             residual_tangent,
         )
-        return _where_open(tangent.to(input.dtype), input, weight, bias, output, ctx), None, None
+        return _where_open(tangent.to(input.dtype), input, weight, bias, output, *ctx.rest), None, None
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(_wide(x.dtype))
+class _BatchNormActGrad(Function):
+    @staticmethod
+    def forward(ctx, grad_output, input, weight, bias, output, mean, var, eps, activation):
+        saved = grad_output, input, weight, bias, output
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+        ctx.rest = eps, activation
+        return _batch_norm_act_grad.below_autograd(grad_output, input, weight, bias, output, mean, var, eps, activation)
 
+    @staticmethod
+    def backward(ctx, of_input, of_weight, of_bias, of_residual):
+        grad, input, weight, bias, output = ctx.saved_tensors
+        where = input, weight, bias, output, *ctx.rest
+        normed = _Normed(input, ctx.rest[0])
+        n, rstd, scale = normed.n, normed.rstd, _of_channels(weight, normed.n)
+        g, v = _widen(_where_open(grad, *where)), _widen(of_input)
+        through = rstd * normed.project(v)
+        along = _of_channels(of_weight, n)
+        to_grad = scale * through + along * n + _of_channels(of_bias, n)
+        if output is not None:
+            to_grad = to_grad + _widen(of_residual)
+        to_weight = _sum(g * through)
+        # How the gradient of the input depends on it: through n, and through rstd, whose change is -rstd^2 mean(n dx).
+        by_n = along * g - scale * rstd * (v * _mean(g * n) + g * _mean(v * n))
+        by_rstd = scale * _mean(v * normed.project(g))
+        to_input = rstd * normed.project(by_n) - by_rstd * rstd.square() * n
+        to_grad = _where_open(to_grad.to(grad.dtype), *where)
+        return to_grad, to_input.to(input.dtype), to_weight.to(weight.dtype), *[None] * 6
 
-def _where_open(x: Tensor, input, weight, bias, output, ctx) -> Tensor:
-    """``x`` where the activation lets a change through, else 0."""
-    if ctx.activation and output is None:
-        output = _batch_norm_act(input, weight, bias, None, ctx.eps, ctx.activation)[0]
-    return common.where_active(x, output, ctx.activation)
+    @staticmethod
+    def jvp(ctx, grad_tangent, input_tangent, weight_tangent, *_):
+        grad, input, weight, bias, output = ctx.saved_tensors
+        where = input, weight, bias, output, *ctx.rest
+        normed = _Normed(input, ctx.rest[0])
+        n, rstd, scale = normed.n, normed.rstd, _of_channels(weight, normed.n)
+        g = _widen(_where_open(grad, *where))
+        zero = torch.zeros_like(g)
+        to_input, to_weight, to_bias, dg = zero, _sum(zero), _sum(zero), zero
+        if grad_tangent is not None:
+            dg = _widen(_where_open(grad_tangent, *where))
+            to_input, to_weight, to_bias = scale * rstd * normed.project(dg), _sum(dg * n), _sum(dg)
+        if weight_tangent is not None:
+            to_input = to_input + _of_channels(weight_tangent, n) * rstd * normed.project(g)
+        if input_tangent is not None:
+            dx = _widen(input_tangent)
+            dn = rstd * normed.project(dx)
+            to_input = to_input - scale * rstd.square() * _mean(n * dx) * normed.project(g)
+            to_input = to_input - scale * rstd * (dn * _mean(g * n) + n * _mean(g * dn))
+            to_weight = to_weight + _sum(g * dn)
+        residual = input.new_zeros(0) if output is None else dg.to(grad.dtype)
+        return to_input.to(input.dtype), to_weight.to(weight.dtype), to_bias.to(bias.dtype), residual
 
 
 _batch_norm_act.differentiate(_BatchNormAct)
+_batch_norm_act_grad.differentiate(_BatchNormActGrad)
 
 # The gradient of the input is written over that of the output, unless somebody else holds that: half of the memory, and
 # all of it in the cache.
 
 
 def _can_overwrite(grad: Tensor, input: Tensor) -> bool:
-    fits = type(grad) is Tensor and grad.device.type == "cpu" and grad.dtype == input.dtype
-    return fits and grad.stride() == input.stride() and common._is_plain((grad, input)) and input.numel() > 0
+    if not (type(grad) is Tensor and common._is_plain((grad, input)) and grad.device.type == "cpu"):
+        return False
+    order = torch.channels_last if common.prefers_channels_last(input) else torch.contiguous_format
+    return grad.dtype == input.dtype and grad.is_contiguous(memory_format=order)
 
 
 def _counts(x: Tensor) -> tuple[int, ...]:
