@@ -45,7 +45,7 @@ def conv_bn(
     """
     plain = type(x) is Tensor and type(conv) in FOLDS and not _has_hooks(conv)
     if not plain or not (bn is None or (_is_fixed(bn) and not _has_hooks(bn))):
-        return _finish(_run(x, conv) if plain else conv(x), bn, activation, residual)
+        return _finish(conv(x), bn, activation, residual)
     modules = (conv,) if bn is None else (conv, bn)
     made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
@@ -64,24 +64,6 @@ def conv_bn(
         out = torch.ops.mkldnn._convolution_pointwise(x, *kept[1:], *_geometry(conv), "none", [], "")
         return _finish(out, None, activation, residual)
     return _convolve(x, conv, *kept[1:], activation, residual)
-
-
-def _run(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``conv(x)``. For a single small map PyTorch takes a convolution that knows NCHW order alone, and what follows
-    would have to move it: here it is a product of matrices."""
-    if (
-        conv.kernel_size == (1, 1)
-        and conv.stride == (1, 1)
-        and conv.padding == (0, 0)
-        and conv.groups == 1
-        and x.dim() == 4
-        and x.shape[0] == 1
-        and x.numel() <= 20480  # as PyTorch has it
-        and x.device.type == "cpu"
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-    return conv(x)
 
 
 def _convolve(x, conv, weight, bias, activation, residual) -> Tensor:
