@@ -155,15 +155,6 @@ def export(tensors):
     return ({0: dim, 2: dim, 3: dim}, {}, {}, {0: dim, 2: dim, 3: dim}), [smaller[0], weight, bias, smaller[1]]
 
 
-def huge(sparse, memory_format):
-    far = 2**31
-    strides = (far, 2**20, 2**10, 1) if memory_format == torch.contiguous_format else (far, 1, 2**20, 2**10)
-    x = sparse(far + 2**26).as_strided((2, 5, 30, 40), strides)
-    x.copy_(inputs.features(2, 5, 30, 40, dtype=x.dtype))
-    weight, bias = (inputs.features(5, dtype=x.dtype, seed=seed) for seed in (1, 2))
-    return tuple(pyzoo.ops.batch_norm_act(x, weight, bias) for x in (x, x.clone()))
-
-
 SPEC = OpSpec(
     name="batch_norm_act",
     op=pyzoo.ops.batch_norm_act,
@@ -184,5 +175,4 @@ SPEC = OpSpec(
     tensors=4,
     small=small,
     export=export,
-    huge=huge,
 )
