@@ -130,7 +130,8 @@ def make_call(function: Callable, args: tuple, kwargs: dict, backward: bool, dif
         return lambda: function(*args, **kwargs)
     args, inputs = list(args), []
     for index in differentiable:
-        args[index] = _as_leaves(args[index], inputs)
+        if index < len(args):  # else it was left out
+            args[index] = _as_leaves(args[index], inputs)
     outputs = [out for out in tensors_of(function(*args, **kwargs)) if out.requires_grad]
     # The same values for pyzoo and the peer, each in the format of its own output, as a next layer would send them.
     generator = torch.Generator().manual_seed(0)

@@ -4,6 +4,7 @@
 #include "common/isa.h"
 
 // One unit for all: most of its time goes into reading pybind11.
+#include "batch_norm_act/batch_norm_act_bind.h"
 #include "channel_sum/channel_sum_bind.h"
 #include "depthwise_conv2d/depthwise_conv2d_bind.h"
 #include "gram_matrix/gram_matrix_bind.h"
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_depthwise_conv2d(m);
   pyzoo::register_reversible(m);
   pyzoo::register_winograd(m);
+  pyzoo::register_batch_norm_act(m);
 
   m.def("set_isa", &pyzoo::set_isa, "name"_a, "Force an instruction set by name; '' returns to the best. For tests.");
   m.def(

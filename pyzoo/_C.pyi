@@ -26,6 +26,32 @@ PixelCNNLayer = tuple[Array, Array, Array, Array, Array, Array, Array, Array, Ar
 
 def build_info() -> BuildInfo: ...
 def set_isa(name: str) -> None: ...
+def batch_norm_act_fwd_cpu(
+    input: Array,
+    weight: Array,
+    bias: Array,
+    residual: Array | None,
+    output: Array,
+    mean: Array,
+    var: Array,
+    eps: float,
+    activation: int,
+) -> None: ...
+def batch_norm_act_bwd_cpu(
+    grad_output: Array,
+    input: Array,
+    weight: Array,
+    bias: Array,
+    output: Array | None,
+    mean: Array,
+    var: Array,
+    grad_input: Array,
+    grad_weight: Array,
+    grad_bias: Array,
+    grad_residual: Array | None,
+    eps: float,
+    activation: int,
+) -> None: ...
 def depthwise_conv2d_fwd_cpu(
     input: Array,
     weight: Array,

@@ -31,6 +31,7 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
         "depthwise_conv2d_bwd_weight",
         "channel_sum",
     ),
+    "batch_norm_act": ("batch_norm_act_fwd", "batch_norm_act_bwd"),
     "pixelcnn_sample": ("pixelcnn_sample",),
     "reversible": ("reversible_fwd", "reversible_inv", "reversible_bwd"),
 }

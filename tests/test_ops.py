@@ -18,6 +18,7 @@ import pyzoo
 from pyzoo._backend import runs_on_core
 from pyzoo.ops._common import operators
 from tests.specs import (
+    batch_norm_act,
     batched_nms,
     depthwise_conv2d,
     gram_loss,
@@ -45,6 +46,7 @@ SPECS = [
         gram_loss,
         spatial_pyramid_pool2d,
         depthwise_conv2d,
+        batch_norm_act,
     )
 ]
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]

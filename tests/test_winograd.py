@@ -194,11 +194,11 @@ def test_in_conv_bn(batch_norm, frozen, monkeypatch):
 
     with torch.no_grad():
         for _ in range(2):
-            assert error(conv_bn(x, *modules, relu=True), plain(x.double())) < 1e-6
+            assert error(conv_bn(x, *modules, activation="relu"), plain(x.double())) < 1e-6
     assert len(calls) == 2
     xs = x.requires_grad_(), x.detach().double().requires_grad_()
     leaves = [[t, *(() if frozen else m.parameters())] for t, m in zip(xs, (modules, exact), strict=True)]
-    actual = torch.autograd.grad(conv_bn(x, *modules, relu=True).square().sum(), leaves[0])
+    actual = torch.autograd.grad(conv_bn(x, *modules, activation="relu").square().sum(), leaves[0])
     expected = torch.autograd.grad(plain(xs[1]).square().sum(), leaves[1])
     for a, e in zip(actual, expected, strict=True):
         assert error(a, e) < 3e-6
@@ -221,7 +221,7 @@ def test_compiles():
     module, x = conv(), make(1, 64, 1, 40, 40, 1)[0]
     exported = torch.export.export(Wrapped(module), (x,))
     assert torch.ops.aten.conv2d.default in {node.target for node in exported.graph.nodes}
-    torch.testing.assert_close(exported.module()(x), conv_bn(x, module, relu=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exported.module()(x), conv_bn(x, module, activation="relu"), rtol=1e-5, atol=1e-5)
 
 
 class Wrapped(nn.Module):
@@ -230,4 +230,4 @@ class Wrapped(nn.Module):
         self.module = module
 
     def forward(self, x):
-        return conv_bn(x, self.module, relu=True)
+        return conv_bn(x, self.module, activation="relu")

@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 # One module a paper. Each registers its models when it is imported.
-<<<<<<< HEAD
 PAPERS = (
     "resnet",
     "vgg",
@@ -26,11 +25,10 @@ PAPERS = (
     "ssd",
     "yolo_v1",
     "gated_pixelcnn",
+    "neural_style",
     "revnet",
+    "mobilenet_v2",
 )
-=======
-PAPERS = ("resnet", "vgg", "spp_net", "fpn", "faster_rcnn", "mask_rcnn", "ssd", "yolo_v1", "neural_style")
->>>>>>> p2
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,10 @@ class Entry:
         name: what :func:`create_model` takes.
         build: makes the model; keyword arguments override its defaults.
         paper: title, first author and arXiv number.
-<<<<<<< HEAD
-        task: ``"classification"``, logits of a batch of images; ``"detection"``, torchvision's contract: a list of
-            images, with targets in training, becomes a dict of losses or a list of dicts of boxes, labels and scores;
-            or ``"generation"``, logits [N, C, K, H, W] of a batch of images [N, C, H, W] of K levels, and of what they
-            are conditioned on, if anything.
-=======
-        task: ``"classification"``, logits of a batch of images; ``"features"``, a dict of their maps by layer; or
+        task: ``"classification"``, logits of a batch of images; ``"features"``, a dict of their maps by layer;
             ``"detection"``, torchvision's contract: a list of images, with targets in training, becomes a dict of
-            losses or a list of dicts of boxes, labels and scores.
->>>>>>> p2
+            losses or a list of dicts of boxes, labels and scores; or ``"generation"``, logits [N, C, K, H, W] of a
+            batch of images [N, C, H, W] of K levels, and of what they are conditioned on, if anything.
         input: what images the model wants: shape, dtype, color order, range, normalisation.
         parameters: how many numbers the model of the paper learns, exactly; masked weights do not count.
         tiny: arguments that make it small enough for a test.

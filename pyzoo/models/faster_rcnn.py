@@ -113,7 +113,7 @@ class RPNHead(nn.Module):
         bias = torch.cat((self.cls_logits.bias, self.bbox_pred.bias))
         objectness, offsets = [], []
         for x in maps:
-            out = F.conv2d(conv_bn(x, self.conv[0][0], relu=True), weight, bias)
+            out = F.conv2d(conv_bn(x, self.conv[0][0], activation="relu"), weight, bias)
             out = out.permute(0, 2, 3, 1)  # [N, H, W, A + 4 A]
             cls, box = out.split((len(self.cls_logits.bias), len(self.bbox_pred.bias)), -1)
             if self.softmax:

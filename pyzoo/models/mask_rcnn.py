@@ -47,7 +47,7 @@ class MaskHead(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, _ in self:
-            x = conv_bn(x, conv, relu=True)
+            x = conv_bn(x, conv, activation="relu")
         return x
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -78,9 +78,8 @@ class BasicBlock(nn.Module):
         self.downsample = make_shortcut(shortcut, in_channels, width, stride, norm_layer, pad) if shortcut else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn(x, self.conv1, self.bn1, relu=True)
-        out = conv_bn(out, self.conv2, self.bn2)
-        return add_relu(out, x, self)
+        out = conv_bn(x, self.conv1, self.bn1, "relu")
+        return conv_bn(out, self.conv2, self.bn2, "relu", shortcut_of(x, self))
 
 
 class Bottleneck(nn.Module):
@@ -104,17 +103,16 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn(x, self.conv1, self.bn1, relu=True)
-        out = conv_bn(out, self.conv2, self.bn2, relu=True)
-        out = conv_bn(out, self.conv3, self.bn3)
-        return add_relu(out, x, self)
+        out = conv_bn(x, self.conv1, self.bn1, "relu")
+        out = conv_bn(out, self.conv2, self.bn2, "relu")
+        return conv_bn(out, self.conv3, self.bn3, "relu", shortcut_of(x, self))
 
 
-def add_relu(out: Tensor, x: Tensor, block: BasicBlock | Bottleneck) -> Tensor:
-    """y = ReLU(F(x) + S(x)), equations 1 and 2; of a plain block ReLU(F(x))."""
-    if block.residual:
-        out += x if block.downsample is None else block.downsample(x)
-    return F.relu(out, inplace=True)
+def shortcut_of(x: Tensor, block: BasicBlock | Bottleneck) -> Tensor | None:
+    """S(x) of y = ReLU(F(x) + S(x)), equations 1 and 2; a plain block has none."""
+    if not block.residual:
+        return None
+    return x if block.downsample is None else block.downsample(x)
 
 
 def make_stage(block, in_channels: int, width: int, blocks: int, stride: int, **options) -> nn.Sequential:
@@ -180,7 +178,7 @@ class ResNet(nn.Module):
         init_weights(self, zero_init_residual)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(conv_bn(x, self.conv1, self.bn1, relu=True))  # [N, 64, H/4, W/4]
+        x = self.maxpool(conv_bn(x, self.conv1, self.bn1, "relu"))  # [N, 64, H/4, W/4]
         c2 = self.layer1(x)  # [N, 256, H/4, W/4]
         c3 = self.layer2(c2)  # [N, 512, H/8, W/8]
         c4 = self.layer3(c3)  # [N, 1024, H/16, W/16]
@@ -243,7 +241,7 @@ class CifarResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn(x, self.conv1, self.bn1, relu=True)  # [N, 16, 32, 32]
+        x = conv_bn(x, self.conv1, self.bn1, "relu")  # [N, 16, 32, 32]
         x = self.layer3(self.layer2(self.layer1(x)))  # [N, 64, 8, 8]
         return self.linear(x.mean((2, 3)))
 

@@ -83,7 +83,7 @@ def run(layers: Iterable[nn.Module], x: Tensor, taps: dict[int, Tensor] | None =
                 i, bn = i + 1, layers[i + 1]
             following = _after(layers, i)
             relu = type(following) is nn.ReLU and i not in taps and not has_hooks(following)
-            x = conv_bn(x, layer, bn, relu)
+            x = conv_bn(x, layer, bn, "relu" if relu else None)
             i += relu
         else:
             x = run(layer, x) if isinstance(layer, nn.Sequential) else layer(x)

@@ -3,14 +3,17 @@ call, where nothing learns."""
 
 from __future__ import annotations
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pyzoo.nn import winograd
 from pyzoo.nn.batch_norm import FrozenBatchNorm2d
+from pyzoo.ops.batch_norm_act import batch_norm_act
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
 
 FOLDS = (nn.Conv2d, DepthwiseConv2d)
@@ -19,21 +22,33 @@ FOLDS = (nn.Conv2d, DepthwiseConv2d)
 _KEPT: WeakKeyDictionary[nn.Conv2d, dict[str, tuple]] = WeakKeyDictionary()
 
 
-def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None = None, relu: bool = False) -> Tensor:
-    """``bn(conv(x))``, or ``conv(x)``, and then ReLU.
+def conv_bn(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: nn.Module | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(bn(conv(x)) + residual)``, where all but the convolution may be left out.
 
     Where the statistics are fixed, the weights of the convolution take the scale and its bias the shift, which saves a
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call. On the CPU, for float32 and channels_last, they are kept in the order that the library of
-    convolutions wants, and :mod:`pyzoo.nn.winograd` computes what it is faster for. Results agree to rounding. Modules
-    with hooks and other kinds of modules are called as usual.
+    convolutions wants, and :mod:`pyzoo.nn.winograd` computes what it is faster for. In training, on the CPU, what
+    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`. Results agree to rounding. Modules with
+    hooks and other kinds of modules are called as usual.
+
+    Args:
+        x: Tensor[N, C, H, W].
+        conv: the convolution.
+        bn: its batch norm.
+        activation: None, "relu" or "relu6".
+        residual: Tensor of the shape of the output, which is added before the activation.
     """
     if type(x) is not Tensor or type(conv) not in FOLDS or has_hooks(conv):
-        out = conv(x) if bn is None else bn(conv(x))
-        return out.relu_() if relu else out
+        return _finish(conv(x), bn, activation, residual)
     if bn is not None and (not _is_fixed(bn) or has_hooks(bn)):
-        out = bn(conv_bn(x, conv))
-        return out.relu_() if relu else out
+        return _finish(conv_bn(x, conv), bn, activation, residual)
     modules = (conv,) if bn is None else (conv, bn)
     made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
@@ -42,20 +57,25 @@ def conv_bn(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None = None, relu: bool 
     how, weight, bias = "", conv.weight, conv.bias
     if learns or torch.compiler.is_compiling() or any(t.is_inference() for t in made_from):
         if bn is not None:
-            weight, bias = _fold(conv, bn)
+            weight, bias = fold(conv, bn)
     else:
         if is_plain and not (torch.is_grad_enabled() and x.requires_grad):
             how = "winograd" if fast else "packed"
         weight, bias = _kept(x, conv, bn, made_from, how)
-    if how == "winograd":
-        return winograd.run(x, weight, bias, conv.out_channels, conv.padding[0], relu=relu)
     if fast:
-        return winograd.conv2d(x, weight, bias, conv.padding[0], relu)
+        relu = activation == "relu" and residual is None
+        if how == "winograd":
+            out = winograd.run(x, weight, bias, conv.out_channels, conv.padding[0], relu=relu)
+        else:
+            out = winograd.conv2d(x, weight, bias, conv.padding[0], relu)
+        return out if relu else _finish(out, None, activation, residual)
     if how == "packed":  # without the fused ReLU, which makes NaN zero
         out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *_geometry(conv), "none", [], "")
+    elif type(conv) is DepthwiseConv2d and residual is None:
+        return conv._conv_forward(x, weight, bias, activation)
     else:
         out = conv._conv_forward(x, weight, bias)
-    return out.relu_() if relu else out
+    return _finish(out, None, activation, residual)
 
 
 def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tensor], how: str) -> tuple:
@@ -63,13 +83,52 @@ def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tens
     kept = _KEPT.setdefault(conv, {})
     if how not in kept or kept[how][0] != version:
         with torch.no_grad():
-            weight, bias = (conv.weight, conv.bias) if bn is None else _fold(conv, bn)
+            weight, bias = (conv.weight, conv.bias) if bn is None else fold(conv, bn)
             if how == "winograd":
                 weight = winograd.transform(weight)
             elif how == "packed":
                 weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), x.shape)
         kept[how] = version, weight, bias
     return kept[how][1:]
+
+
+def _finish(out: Tensor, bn: nn.Module | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    """What follows the convolution, over its output where that is possible."""
+    if bn is not None:
+        if _trains(bn, out):
+            return _batch_norm_act(out, bn, activation, residual)
+        out = bn(out)
+    if residual is not None:
+        out += residual
+    return ACTIVATE[activation](out)
+
+
+def _trains(bn: nn.Module, x: Tensor) -> bool:
+    return (
+        type(bn) is nn.BatchNorm2d
+        and bn.affine
+        and (bn.training or bn.running_mean is None)
+        and not has_hooks(bn)
+        and x.dim() == 4
+        and x.device.type == "cpu"
+        and x.is_floating_point()
+    )
+
+
+def _batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, activation: str | None, residual: Tensor | None) -> Tensor:
+    statistics, momentum = {}, bn.momentum
+    if bn.training and bn.track_running_stats:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1 / float(bn.num_batches_tracked) if momentum is None else momentum
+        statistics = {"running_mean": bn.running_mean, "running_var": bn.running_var, "momentum": momentum}
+    return batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps, activation=activation, **statistics)
+
+
+ACTIVATE = {
+    None: lambda x: x,
+    "relu": partial(F.relu, inplace=True),
+    "relu6": partial(F.relu6, inplace=True),
+}
 
 
 def _is_fixed(bn: nn.Module) -> bool:
@@ -82,7 +141,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _fold(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
+def fold(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
     shift = bn.bias - bn.running_mean * scale
     if conv.bias is not None:

@@ -1,5 +1,6 @@
 """The operators, with torchvision's signatures where it has them; each is also ``torch.ops.pyzoo.<name>``."""
 
+from pyzoo.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, depthwise_conv2d, depthwise_conv2d_reference
 from pyzoo.ops.gram_matrix import (
     GramLoss,
@@ -44,6 +45,8 @@ __all__ = [
     "RoIAlign",
     "RoIPool",
     "SpatialPyramidPool2d",
+    "batch_norm_act",
+    "batch_norm_act_reference",
     "batched_nms",
     "batched_nms_reference",
     "depthwise_conv2d",

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -203,6 +204,25 @@ def bilinear_jvp(operator: Callable, x: Tensor, y: Tensor, dx: Tensor | None, dy
         None if dx is None else operator(dx, y, *rest),
         None if dy is None else operator(x, dy, *rest),
     )
+
+
+# -------------------------------------------------------------------------------------------------------- activations
+
+ACTIVATE = {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}  # in the order of the core's numbers
+
+
+def activation_index(op: str, activation: str | None) -> int:
+    if activation not in ACTIVATE:
+        raise ValueError(f"{op}: activation must be None, 'relu' or 'relu6', got {activation!r}")
+    return list(ACTIVATE).index(activation)
+
+
+def where_active(x: Tensor, output: Tensor | None, activation: int) -> Tensor:
+    """``x`` where the activation lets a change through, else 0."""
+    if activation == 0:
+        return x
+    closed = output <= 0 if activation == 1 else (output <= 0) | (output >= 6)
+    return torch.where(closed, 0, x)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

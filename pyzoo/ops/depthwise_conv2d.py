@@ -13,8 +13,6 @@ from pyzoo.ops import _common as common
 from pyzoo.ops._common import Function, Operator
 from pyzoo.ops.channel_sum import channel_sum
 
-ACTIVATIONS = (None, "relu", "relu6")
-
 _fwd = Kernel("depthwise_conv2d", "depthwise_conv2d_fwd")
 _bwd_input = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_input")
 _bwd_weight = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_weight")
@@ -48,7 +46,7 @@ def depthwise_conv2d_reference(
             rows = slice(ky * dilation[0], ky * dilation[0] + (height - 1) * stride[0] + 1, stride[0])
             columns = slice(kx * dilation[1], kx * dilation[1] + (width - 1) * stride[1] + 1, stride[1])
             output = output + padded[:, :, rows, columns] * weight[:, :, ky, kx, None]
-    return {None: lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation](output)
+    return common.ACTIVATE[activation](output)
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -302,14 +300,6 @@ def _grad_weight_alone(grad_output, input, rest):
     return _depthwise_conv2d_grad_weight(grad_output, input, *rest[:-1], False)[0]
 
 
-def _where_active(x: Tensor, output: Tensor | None, activation: int) -> Tensor:
-    """``x`` where the activation lets a change through, else 0."""
-    if activation == 0:
-        return x
-    closed = output <= 0 if activation == 1 else (output <= 0) | (output >= 6)
-    return torch.where(closed, 0, x)
-
-
 class _DepthwiseConv2d(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, *rest):
@@ -325,7 +315,7 @@ class _DepthwiseConv2d(Function):
     def backward(ctx, grad):
         input, weight, output = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad = _where_active(grad, output, ctx.activation)
+        grad = common.where_active(grad, output, ctx.activation)
         grad_input = _grad_input(grad, weight, input, ctx.geometry) if wants_input else None
         grad_weight = grad_bias = None
         if wants_weight:
@@ -341,7 +331,7 @@ class _DepthwiseConv2d(Function):
         if bias_tangent is not None:
             bias_tangent = bias_tangent[:, None, None]
             tangent = bias_tangent.expand(ctx.output_shape) if tangent is None else tangent + bias_tangent
-        return _where_active(tangent, output, ctx.activation)
+        return common.where_active(tangent, output, ctx.activation)
 
 
 class _DepthwiseConv2dGradInput(Function):
@@ -440,14 +430,13 @@ def depthwise_conv2d(
     common.check_tensor("depthwise_conv2d", "weight", weight)
     if bias is not None:
         common.check_tensor("depthwise_conv2d", "bias", bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"depthwise_conv2d: activation must be None, 'relu' or 'relu6', got {activation!r}")
+    kind = common.activation_index("depthwise_conv2d", activation)
     if input.dim() not in (3, 4):
         raise ValueError(f"depthwise_conv2d: input must have shape [N, C, H, W] or [C, H, W], got {list(input.shape)}")
     _check_weight(weight)
     geometry = _geometry(weight.shape[2:], stride, padding, dilation)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    output = _depthwise_conv2d(batch, weight, bias, *geometry, ACTIVATIONS.index(activation))
+    output = _depthwise_conv2d(batch, weight, bias, *geometry, kind)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -485,11 +474,13 @@ class DepthwiseConv2d(nn.Conv2d):
             dtype=dtype,
         )
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None
+    ) -> Tensor:
         if input.device.type not in ("cpu", "meta") or input.dtype not in common._FLOATS:
-            return super()._conv_forward(input, weight, bias)
+            return common.ACTIVATE[activation](super()._conv_forward(input, weight, bias))
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return depthwise_conv2d(input, weight, bias, self.stride, padding, self.dilation)
+        return depthwise_conv2d(input, weight, bias, self.stride, padding, self.dilation, activation=activation)

@@ -207,11 +207,16 @@ def test_conv_bn_sees_new_weights():
         check()
 
 
-def test_conv_bn_leaves_statistics_that_learn_to_batch_norm():
-    conv, bn, x = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), torch.randn(2, 3, 6, 6)
-    expected = copy.deepcopy(bn)(conv(x))
-    torch.testing.assert_close(conv_bn(x, conv, bn), expected, rtol=0, atol=0)
-    assert bn.num_batches_tracked == 1
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}, {"affine": False}])
+def test_conv_bn_in_training(options):
+    """The statistics are those of the batch, and move as those of the module do."""
+    conv, bn, x = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, **options), torch.randn(2, 3, 6, 6)
+    other = copy.deepcopy(bn)
+    for step in range(1, 4):
+        torch.testing.assert_close(conv_bn(x * step, conv, bn), other(conv(x * step)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(bn.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+    bn.eval(), other.eval()
+    torch.testing.assert_close(conv_bn(x, conv, bn), other(conv(x)), rtol=1e-5, atol=1e-5)
 
 
 def test_conv_bn_runs_hooks():

@@ -1,0 +1,131 @@
+"""A ReLU among few channels destroys what they carry: the spiral of Figure 1, and linear bottlenecks on digits.
+
+Figure 1: a curve in the plane is embedded at random in more dimensions, rectified, and read back linearly as well as
+is possible. Figure 6a, on scikit-learn's handwritten digits: thin nets that differ only in a ReLU6 at the end of each
+block, with the same parameters and multiplications, from three seeds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyzoo.data import digits
+from pyzoo.models.mobilenet_v2 import ConvBNReLU6, InvertedResidual, conv1x1, init_weights
+
+DIMENSIONS, DRAWS = (2, 3, 5, 15, 30), 20
+TRAIN, STEPS, BATCH, RATE, SEEDS = 1000, 400, 64, 5e-3, 3
+KINDS = {True: "linear", False: "ReLU6"}
+
+
+def reproduce(report) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
+
+    errors = [spiral_error(n, report.seed) for n in DIMENSIONS]
+    linear = spiral_error(2, report.seed, linear=True)
+    for n, error in zip(DIMENSIONS, errors, strict=True):
+        report.note(f"spiral through ReLU in {n:2} dimensions: error {error:.3f} of a signal of {signal():.3f}")
+    claim = "what ReLU makes of 2 or 3 dimensions is not recovered, of 15 to 30 it is (Figure 1)"
+    measured = ", ".join(f"{n}: {error:.3f}" for n, error in zip(DIMENSIONS, errors, strict=True))
+    holds = errors == sorted(errors, reverse=True) and errors[0] > 0.2 and errors[3] < 0.02
+    report.check("ReLU loses what lies in few dimensions", claim, measured, holds)
+    report.check("a linear map does not", "2 dimensions suffice", f"error {linear:.0e}", linear < 1e-5)
+    left.plot(DIMENSIONS, errors, "o-", label="ReLU")
+    left.plot([2], [linear], "s", label="linear")
+    left.axhline(signal(), color="grey", linestyle=":", label="signal")
+    left.set(xlabel="dimensions", ylabel="error of the spiral read back", title="Figure 1", xticks=DIMENSIONS)
+    left.legend()
+
+    images, labels = digits()
+    images = (images - images.mean()) / images.std()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(report.seed))
+    images, labels = images[order], labels[order]
+    loss: dict[bool, list[float]] = {True: [], False: []}
+    error: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(report.seed, report.seed + SEEDS):
+        for is_linear, kind in KINDS.items():
+            torch.manual_seed(seed)
+            model = thin_net(is_linear)
+            curve = train(model, images[:TRAIN], labels[:TRAIN])
+            loss[is_linear].append(sum(curve[-50:]) / 50)
+            error[is_linear].append(error_of(model, images[TRAIN:], labels[TRAIN:]))
+            report.note(f"seed {seed}, {kind:6}: loss {loss[is_linear][-1]:.3f}, test error {error[is_linear][-1]:.1%}")
+            smooth = torch.tensor(curve).unfold(0, 20, 1).mean(1)
+            style = {"color": "C0" if is_linear else "C1", "label": None if seed > report.seed else kind}
+            right.plot(range(20, STEPS + 1), smooth, **style)
+    parameters = sum(p.numel() for p in thin_net(True).parameters())
+    same = parameters == sum(p.numel() for p in thin_net(False).parameters())
+    report.check("both cost the same", "a ReLU6 has no parameters", f"{parameters} parameters", same)
+    for what, figures, form in (("loss in training", loss, ".3f"), ("test error", error, ".1%")):
+        means = {kind: sum(figures[key]) / SEEDS for key, kind in KINDS.items()}
+        measured = f"{means['linear']:{form}} linear, {means['ReLU6']:{form}} with ReLU6, the mean of {SEEDS} seeds"
+        claim = "lower with linear bottlenecks (Figure 6a)"
+        report.check(f"{what} of thin nets", claim, measured, means["linear"] < means["ReLU6"])
+    right.set(xlabel="step", ylabel="training loss, mean of 20 steps", yscale="log", title="Figure 6a, on digits")
+    right.legend()
+    report.save(figure)
+
+
+# --------------------------------------------------------------------------------------------------- Figure 1, a spiral
+
+
+def spiral() -> Tensor:
+    """[1000, 2], two turns that fit into the unit circle; float64, as a linear map is to be inverted."""
+    t = torch.linspace(0, 4 * math.pi, 1000, dtype=torch.float64)
+    return torch.stack([t * t.cos(), t * t.sin()], 1) / (4 * math.pi)
+
+
+def signal() -> float:
+    return spiral().square().mean().sqrt().item()
+
+
+def spiral_error(n: int, seed: int, linear: bool = False) -> float:
+    """Of the best linear map from ReLU(X T) back to X, the mean over random T [2, n]."""
+    generator, x, errors = torch.Generator().manual_seed(seed), spiral(), []
+    for _ in range(DRAWS):
+        y = x @ torch.randn(2, n, generator=generator, dtype=torch.float64)
+        y = y if linear else y.relu()
+        back = y @ torch.linalg.lstsq(y, x, driver="gelsd").solution
+        errors.append((back - x).square().mean().sqrt().item())
+    return sum(errors) / DRAWS
+
+
+# --------------------------------------------------------------------------------------- Figure 6a, thin nets on digits
+
+
+def thin_net(linear: bool, channels: int = 4) -> nn.Sequential:
+    """[N, 1, 8, 8] -> [N, 10]: five blocks between which there are no more than four channels."""
+    strides = (1, 1, 2, 1, 1)
+    blocks = [InvertedResidual(channels, channels, stride, linear=linear) for stride in strides]
+    first = ConvBNReLU6(nn.Conv2d(1, channels, 3, padding=1, bias=False))
+    last = ConvBNReLU6(conv1x1(channels, 64))
+    model = nn.Sequential(first, *blocks, last, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    init_weights(model)
+    return model
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
+    """The losses of a run whose last quarter has a tenth of the rate."""
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [STEPS * 3 // 4])
+    losses = []
+    while len(losses) < STEPS:
+        for batch in torch.randperm(len(images)).split(BATCH)[: STEPS - len(losses)]:
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def error_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return (model.eval()(images).argmax(1) != labels).float().mean().item()
