@@ -5,10 +5,11 @@ In a net that has learned to classify, the map of a deep layer says what is in a
 are active together, its Gram matrix, says what the picture is painted like. A third picture is sought, by gradient
 descent on its pixels, that has the map of one picture and the Gram matrices of another.
 
-Departures from the paper, each with an option for the original (:data:`PAPER` has them all):
+Departures from the paper, each with an option for the original (the first two are in :data:`PAPER`):
     the content loss is a mean, so that a weight does as much in a picture of any size; ``content_loss="sum"``.
     the search starts from the content; ``init="noise"``.
-    filters are scaled to a mean activation of 1 on the two pictures, not on ImageNet: see :func:`rescale`.
+    filters are scaled to a mean activation of 1 on the two pictures rather than on ImageNet, which is not at hand; for
+    those who have it, :func:`rescale` takes any pictures.
 Without trained weights filters are random, which is enough for textures; see :data:`RANDOM`.
 """
 
@@ -355,11 +356,17 @@ def style_transfer(
     _require(color in COLORS, "color", "None, 'match' or 'luminance'", color)
     _require(content_loss in ("mean", "sum"), "content_loss", "'mean' or 'sum'", content_loss)
     _require(tile is None or tile > 0, "tile", "None or at least 1", tile)
-    content = _checked("content", content, net, content_layers)
+    _check_layers("content_layers", content_layers, net)
+    _check_layers("style_layers", style_layers, net)
+    painted = {
+        **content_layers,
+        **({} if style is None else style_layers),
+    }  # layers that must have a cell of the result
+    content = _checked("content", content, net, painted)
     style = _checked("style", style, net, style_layers)
     given = {"content": content, "style": style}
-    if isinstance(init, Tensor):
-        given["init"], init = _checked("init", init, net, {}), "init"
+    if isinstance(init, Tensor):  # without a content it has the size of the result
+        given["init"], init = _checked("init", init, net, style_layers if content is None else {}), "init"
     counts = (content is not None and content_layers) or (style is not None and style_layers)
     _require(bool(counts), "content, style", "a picture and layers of it, one at least", "none")
     _require(color is None or not (content is None or style is None), "color", "None without both pictures", color)
@@ -407,7 +414,9 @@ def texture_synthesis(
     style: Tensor, net: StyleNet, size: tuple[int, int] | None = None, *, seed: int = 0, **options
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """A picture of the style alone, from noise, of height and width ``size``; else as :func:`style_transfer`."""
-    start = noise(style.shape[-2:] if size is None else size, net, seed)[0]
+    if size is None:
+        size = _checked("style", style, net, {}).shape[2:]
+    start = noise(size, net, seed)[0]
     return style_transfer(None, style, net, init=start, **options)
 
 
@@ -461,21 +470,24 @@ def _require(holds: bool, name: str, allowed: str, value: object) -> None:
         raise ValueError(f"style_transfer: {name} must be {allowed}, got {value!r}")
 
 
-def _checked(name: str, image: Tensor | None, net: StyleNet, layers: Mapping[str, float]) -> Tensor | None:
-    """The picture with a batch dimension, after all that could be wrong with it and with its layers."""
+def _check_layers(name: str, layers: Mapping[str, float], net: StyleNet) -> None:
     for layer, weight in layers.items():
-        _require(layer in net.index, f"{name}_layers", f"weights of some of {', '.join(net.index)}", layer)
-        _require(0 <= weight < float("inf"), f"{name}_layers[{layer!r}]", "finite and not negative", weight)
+        _require(layer in net.index, name, f"weights of some of {', '.join(net.index)}", layer)
+        _require(0 <= weight < float("inf"), f"{name}[{layer!r}]", "finite and not negative", weight)
+
+
+def _checked(name: str, image: Tensor | None, net: StyleNet, layers: Iterable[str]) -> Tensor | None:
+    """The picture with a batch dimension; each of the layers has at least one cell of it."""
     if image is None:
         return None
     if not isinstance(image, Tensor) or not image.is_floating_point():
         got = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"style_transfer: {name} must be a tensor of a floating dtype, got {got}")
     _require(image.dim() == 3 and image.shape[0] == 3, name, "of shape [3, H, W]", list(image.shape))
-    least = max((net.stride(layer) for layer in layers), default=1)
-    deepest = max(layers, default="")
-    allowed = f"at least {least} x {least} for {deepest or 'any net'}"
-    _require(min(image.shape[1:]) >= least, name, allowed, list(image.shape[1:]))
+    deepest = max(layers, default="conv1_1")
+    least = net.stride(deepest)
+    size = list(image.shape[1:])
+    _require(min(size) >= least, name, f"at least {least} x {least} for {deepest}", size)
     _require(bool(torch.isfinite(image).all()), name, "finite", "NaN or infinity")
     return image.detach()[None]
 
