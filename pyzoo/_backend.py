@@ -121,8 +121,9 @@ def why_not(backend: str, op: str, kernel: str, device: str) -> str | None:
         return "the core does not load"
     if not hasattr(C, f"{kernel}_{backend}"):
         return "not in the core"
-    runs_on = "cpu" if backend == "cuda" and _emulates_cuda() else backend
-    return None if device == runs_on else f"runs on {runs_on} tensors"
+    if device == backend or (backend == "cuda" and device == "cpu" and _emulates_cuda()):
+        return None
+    return f"runs on {backend} tensors"
 
 
 @functools.cache
