@@ -329,7 +329,7 @@ def test_source_distribution_is_complete(source_tree):
     ("value", "message"),
     [
         ("1", "pyzoo build: PYZOO_CUDA=1 but no nvcc on PATH or in $CUDA_HOME/bin"),
-        ("bogus", "pyzoo build: PYZOO_CUDA must be auto, 0 or 1, got 'bogus'"),
+        ("bogus", "pyzoo build: PYZOO_CUDA must be auto, 0, 1 or emulate, got 'bogus'"),
     ],
 )
 def test_build_without_nvcc_stops_with_one_line(source_tree, tmp_path_factory, value, message):

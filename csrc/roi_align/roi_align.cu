@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kRoiThreads)
 
 // A warp pools a bin at a time.
 template <int n, class T>
-__global__ void __launch_bounds__(kRoiThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
-    roi_align_fwd_kernel(Levels levels, TapTable<acc_t<T>> table, Pooled output) {
+__global__ void __launch_bounds__(kRoiThreads, 2) roi_align_fwd_kernel(Levels levels, TapTable<acc_t<T>> table, Pooled output) {
   using A = acc_t<T>;
   constexpr int kAtOnce = 4;
   __shared__ PooledTile<n, T> tile;
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(kRoiThreads, sizeof(acc_t<T>) == 8 ? 2 : 4)
 
 // A box gives to each channel of a tile Wy^T G Wx, where W has the weights of its bins on the rows or columns of the tile.
 template <class T>
-__global__ void __launch_bounds__(kRoiThreads, sizeof(acc_t<T>) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(kRoiThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
     roi_align_bwd_kernel(Levels levels, TapTable<acc_t<T>> table, Reaches reaches, FeatureMap grad) {
   using A = acc_t<T>;
   using Quad = Pack<A, 4>;
