@@ -80,7 +80,7 @@ asan-cuda: TESTS := $(ASAN_CUDA_TESTS)
 asan-cpu asan-cuda:
 	cd $(ASAN) && LD_PRELOAD="$$(for lib in asan ubsan stdc++; do $(ASAN_CXX) -print-file-name=lib$$lib.so; done | xargs)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYZOO_FUZZ=$${PYZOO_FUZZ:-50} \
-	  $(abspath $(BIN))/python -m pytest --capture=sys -p no:cacheprovider $(TESTS) -k 'not ($(ASAN_SKIP))'
+	  $(abspath $(BIN))/python -m pytest --capture=sys $(TESTS) -k 'not ($(ASAN_SKIP))'
 
 # On a machine that may have no network: nothing is installed.
 gpu:

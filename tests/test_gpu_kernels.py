@@ -27,11 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumP
 
 
 def some(found: list, spec, dtype, layout) -> list:
-    """Few enough for a backend that is not made to run here, others for each dtype and layout: of the samples a third,
+    """Few enough for a backend that is not made to run here, others for each dtype and layout: of the samples a fifth,
     or, since Triton's interpreter takes a millisecond a statement, four of the smaller ones."""
     cell = [(d, at.name) for d in spec.dtypes for at in test_ops.layouts(spec)].index((dtype, layout.name))
     if _backend.forced == "cuda":
-        return found[cell % 3 :: 3]
+        return found[cell % 5 :: 5]
     median = sorted(map(numbers, found))[len(found) // 2]
     few = [sample for sample in found if numbers(sample) <= median]
     step = max(len(few) // 4, 1)

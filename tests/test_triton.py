@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 # the sampler, one kernel for all networks, keeps a little more around them.
 LIMITS = {"registers": 255, "stack": 64, "shared": 99 << 10}
 SAMPLER = {**LIMITS, "stack": 192}
-ARCHS = (80, 90, 100)
+ARCHS = (80, 90)
 
 
 @pytest.fixture(scope="module")

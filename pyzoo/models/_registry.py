@@ -83,11 +83,13 @@ def list_models(pattern: str = "*") -> list[str]:
 def table() -> str:
     """All models by paper, with what ``pyzoo reproduce`` shows of it, in Markdown: README.md has it."""
     lines = ["| paper | models | parameters | `pyzoo reproduce` |", "|---|---|---|---|"]
-    by_paper: dict[str, list[Entry]] = {}
+    by_paper: dict[str, list[Entry]] = {paper: [] for paper in PAPERS}
     for entry in _entries().values():
         build = getattr(entry.build, "func", entry.build)  # of a functools.partial
-        by_paper.setdefault(build.__module__.rpartition(".")[2], []).append(entry)
+        by_paper[build.__module__.rpartition(".")[2]].append(entry)
     for paper, entries in by_paper.items():
+        if not entries:  # FPN: a part of others
+            continue
         numbers = sorted(entry.parameters for entry in entries)
         parameters = " .. ".join(f"{n / 1e6:.1f} M" for n in dict.fromkeys((numbers[0], numbers[-1])))
         source = Path(__file__).parents[1] / "reproduce" / f"{paper}.py"

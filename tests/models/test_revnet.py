@@ -232,7 +232,8 @@ def test_trains_as_the_stored_version():
             loss.backward()
             optimizer.step()
             losses[reversible].append(loss.item())
-    torch.testing.assert_close(losses[True][:10], losses[False][:10], rtol=1e-3, atol=1e-3)
+    # Rounding grows from step to step, as it does between two stored versions.
+    torch.testing.assert_close(losses[True][:5], losses[False][:5], rtol=1e-4, atol=1e-4)
     assert max(losses[True][-1], losses[False][-1]) < 0.2 < 2 < losses[True][0]
 
 
