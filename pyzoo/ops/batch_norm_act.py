@@ -5,6 +5,7 @@ Ioffe and Szegedy, "Batch Normalization", 2015 (https://arxiv.org/abs/1502.03167
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -252,7 +253,12 @@ class _BatchNormAct(Function):
         input, weight, bias, output, mean, var = ctx.saved_tensors
         arguments = input, weight, bias, output, mean, var, *ctx.rest
         keeps = ctx.adds and output is None  # the gradient, which is the residual's, too
-        if not keeps and not torch.is_grad_enabled() and _can_overwrite(grad, input) and _counts(grad) == _ALONE:
+        if (
+            not keeps
+            and not torch.is_grad_enabled()
+            and _can_overwrite(grad, input)
+            and _counts(grad) == _counts_alone()
+        ):
             _, *grads = _grad_fake(grad, *arguments)
             grads = _grad_into(grad, *grads, grad, *arguments)
         else:
@@ -346,8 +352,10 @@ def _counts(x: Tensor) -> tuple[int, ...]:
     return sys.getrefcount(x), x._use_count(), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
 
 
-def _count_alone() -> tuple[int, ...]:
-    """What these are for a gradient that autograd has made for one backward function alone."""
+@functools.cache
+def _counts_alone() -> tuple[int, ...]:
+    """What these are for a gradient that autograd has made for one backward function alone. Not found at import: a
+    process whose autograd has run cannot fork into one that uses it."""
     counts = []
 
     class Count(Function):
@@ -363,9 +371,6 @@ def _count_alone() -> tuple[int, ...]:
     with torch.inference_mode(False), torch.enable_grad():
         (Count.apply(torch.zeros(2, requires_grad=True, device="cpu")) * 2).sum().backward()
     return counts[0]
-
-
-_ALONE = _count_alone()
 
 
 # ----------------------------------------------------------------------------------------------------- public function
