@@ -1,4 +1,4 @@
-"""What test_ops.py does not say of the CUDA kernels of roi_align and roi_pool, where they run on the CPU."""
+"""What holds for the CUDA kernels of roi_align and roi_pool alone; the rest is in test_gpu_kernels.py."""
 
 from __future__ import annotations
 
@@ -17,37 +17,6 @@ pytestmark = pytest.mark.skipif(
 def cuda():
     with pyzoo.backend("cuda"):
         yield
-
-
-@pytest.mark.parametrize("op", [pyzoo.ops.roi_align, pyzoo.ops.roi_pool])
-def test_image_out_of_range_shows(op):
-    """A kernel on a GPU cannot raise."""
-    boxes = torch.tensor([[2.0, 0, 0, 3, 3], [-1, 0, 0, 3, 3], [float("nan"), 0, 0, 3, 3], [1, 0, 0, 3, 3]])
-    x = torch.ones(2, 3, 4, 4, requires_grad=True)
-    out = op(x, boxes, 2)
-    assert out.isnan().flatten(1).all(1).tolist() == [True, True, True, False]
-    out.sum().backward()
-    assert not x.grad[0].any()
-    assert x.grad[1].sum().item() == pytest.approx(3 * 4)
-
-
-def test_a_gradient_that_is_not_finite_stays_where_it_belongs():
-    x, boxes = torch.ones(1, 1, 8, 8, requires_grad=True), torch.tensor([[0.0, 0, 0, 4, 4]])
-    out = pyzoo.ops.roi_align(x, boxes, 2, sampling_ratio=1)  # samples at (1, 1), (1, 3), (3, 1), (3, 3)
-    grad_output = torch.tensor([[[[float("inf"), 1], [1, 1]]]])
-    (grad,) = torch.autograd.grad(out, x, grad_output)
-    assert grad[0, 0, 1, 1] == torch.inf
-    assert (~grad.isfinite()).sum() == 1
-
-
-def test_roi_pool_backward_looks_for_the_maxima_again():
-    """Where the forward has not stored them, as under torch.compile."""
-    x, boxes = torch.randn(1, 3, 9, 9, requires_grad=True), torch.tensor([[0.0, 1, 1, 7, 8], [0, 0, 2, 4, 3]])
-    out = pyzoo.ops.roi_pool(x, boxes, 3)
-    grad_output = torch.randn_like(out)
-    (expected,) = torch.autograd.grad(out, x, grad_output)
-    actual = torch.ops.pyzoo._roi_pool_backward(grad_output, boxes, x.detach(), None, 1.0)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
