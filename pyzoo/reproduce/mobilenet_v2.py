@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyzoo.data import digits
 from pyzoo.models.mobilenet_v2 import ConvBNReLU6, InvertedResidual, conv1x1, init_weights
+from pyzoo.reproduce import _classification
+from pyzoo.reproduce._classification import error_of
 
 DIMENSIONS, DRAWS = (2, 3, 5, 15, 30), 20
 TRAIN, STEPS, BATCH, RATE, SEEDS = 1000, 400, 64, 5e-3, 3
@@ -114,18 +115,4 @@ def train(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
     """The losses of a run whose last quarter has a tenth of the rate."""
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [STEPS * 3 // 4])
-    losses = []
-    while len(losses) < STEPS:
-        for batch in torch.randperm(len(images)).split(BATCH)[: STEPS - len(losses)]:
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def error_of(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (model.eval()(images).argmax(1) != labels).float().mean().item()
+    return _classification.train(model, images, labels, optimizer, schedule, STEPS, BATCH)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from pyzoo.data import digits
 from pyzoo.models.resnet import CifarResNet
+from pyzoo.reproduce import _classification
+from pyzoo.reproduce._classification import error_of
 
 STEPS, WARM_UP, BATCH = 150, 20, 64
 
@@ -53,21 +55,7 @@ def train(model, images, labels) -> list[float]:
     """SGD as in Section 4.2, with its warm-up; returns the losses."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARM_UP))
-    losses = []
-    while len(losses) < STEPS:
-        for batch in torch.randperm(len(images)).split(BATCH):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    return losses[:STEPS]
-
-
-@torch.no_grad()
-def error_of(model, images, labels) -> float:
-    return (model.eval()(images).argmax(1) != labels).float().mean().item()
+    return _classification.train(model, images, labels, optimizer, schedule, STEPS, BATCH)
 
 
 def gradient_norm(shortcut, images, labels, seed) -> float:
