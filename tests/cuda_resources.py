@@ -31,9 +31,13 @@ def version(nvcc: str) -> str:
 
 
 def kernel_name(mangled: str) -> str:
-    """``couple_kernel`` of ``_ZN5pyzoo...13couple_kernelILi4EffEEv...``: names come after their lengths."""
-    names = re.finditer(r"(?=(\d{1,3})([a-z]\w*?_kernel))", mangled)
-    return next(name[2] for name in names if int(name[1]) == len(name[2]))
+    """``couple_kernel`` of ``_ZN5pyzoo...13couple_kernelILi4EffEEv...``: the last name; each follows its length."""
+    at, name = len("_ZN"), ""
+    while length := re.match(r"\d+", mangled[at:]):
+        begin = at + len(length[0])
+        at = begin + int(length[0])
+        name = mangled[begin:at]
+    return name
 
 
 def found() -> dict[str, dict[str, dict[str, int]]]:

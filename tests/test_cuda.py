@@ -41,3 +41,9 @@ def test_resources():
                 too_much.append(f"{name} on {arch} takes {takes}, allowed {most}")
     assert not too_much, "\n".join(too_much)
     assert not known or set(kernels) <= set(known), "write the table: python -m tests.cuda_resources --write"
+
+
+def test_kernel_name():
+    """The name of a file's anonymous namespace ends with any digits."""
+    mangled = "_ZN5pyzoo44_GLOBAL__N__a9bc9bc9_11_roi_pool_cu_22b0e65618place_boxes_kernelILi1EEEvi"
+    assert cuda_resources.kernel_name(mangled) == "place_boxes_kernel"
