@@ -71,18 +71,17 @@ def test_image_out_of_range_shows(op, gpu_backend):
 
 @pytest.mark.parametrize("limit", [None, 30])
 def test_nms_in_chunks(limit, gpu_backend, monkeypatch):
-    """Which no sample is large enough for."""
+    """Which no sample is large enough for. From 8193 boxes on, a block of the CUDA kernel ranks by several tiles."""
     if gpu_backend == "triton":
         monkeypatch.setattr("pyzoo.kernels.nms.CHUNK", 512)
-    count = 700 if gpu_backend == "triton" else 5000
-    boxes, scores = nms.clustered(count), nms.random_scores(count)
-    idxs = batched_nms.classes(count, 3)
-    for op, reference, args in (
-        (pyzoo.ops.nms, pyzoo.ops.nms_reference, (boxes, scores)),
-        (pyzoo.ops.batched_nms, pyzoo.ops.batched_nms_reference, (boxes, scores, idxs)),
+    for op, reference, more, count in (
+        (pyzoo.ops.nms, pyzoo.ops.nms_reference, (), 4500 if limit else 8200),
+        (pyzoo.ops.batched_nms, pyzoo.ops.batched_nms_reference, (batched_nms.classes(4500, 3),), 4500),
     ):
-        actual = op(*args, 0.5, max_output=limit)
-        torch.testing.assert_close(actual, reference(*args, 0.5, max_output=limit), rtol=0, atol=0)
+        count = 700 if gpu_backend == "triton" else count
+        args = nms.clustered(count), nms.random_scores(count), *(x[:count] for x in more), 0.5
+        actual = op(*args, max_output=limit)
+        torch.testing.assert_close(actual, reference(*args, max_output=limit), rtol=0, atol=0)
 
 
 def test_nms_of_columns(gpu_backend):
@@ -93,6 +92,32 @@ def test_nms_of_columns(gpu_backend):
     kept = pyzoo.ops.nms(table[:, :4], table[:, 5], 0.3)
     assert kept.tolist() == pyzoo.ops.nms(table[:, :4].contiguous(), table[:, 5].contiguous(), 0.3).tolist()
     assert 10 < len(kept) < 60
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", [pyzoo.ops.roi_align, pyzoo.ops.roi_pool])
+@pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True)
+def test_many_boxes_of_one_place(op, layout, gpu_backend, poison):
+    """More than a block takes at a time; and enough to copy the map before it is read."""
+    x = inputs.features(1, 40, 20, 20, memory_format=layout).requires_grad_()
+    sides = 4 + 4 * torch.rand(40, 4, generator=inputs.generator()).cumsum(1)
+    boxes = torch.cat([torch.tensor([[0, 2, 0, 4, 0.5]]), torch.cat([torch.zeros(40, 1), sides], 1)])
+    few, many = op(x, boxes[:1], 3), op(x, boxes, 3)
+    expected = getattr(pyzoo.ops, f"{op.__name__}_reference")(x, boxes, 3)
+    assert torch.equal(few, many[:1])
+    torch.testing.assert_close(many, expected, rtol=1e-5, atol=1e-5)
+    grad_output = torch.randn_like(expected)
+    for actual, want in zip(*(torch.autograd.grad(out, x, grad_output) for out in (many, expected)), strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [5, 300])
+def test_roi_pool_argmax(layout, channels, gpu_backend, poison):
+    x = inputs.features(2, channels, 11, 9, memory_format=layout)
+    boxes = torch.tensor([[0.0, 1, 1, 7, 8], [1, 0, 2, 4, 3], [1, 8, 8, 30, 30], [0, 20, 20, 30, 30]])
+    _, expected = pyzoo.ops.roi_pool_reference(x, boxes, 3, return_argmax=True)
+    assert torch.equal(torch.ops.pyzoo._roi_pool_argmax(x, boxes, 1.0, 3, 3), expected)
 
 
 @pytest.mark.parametrize("mode", ["max", "avg"])
@@ -168,10 +193,12 @@ def test_channel_sum(dtype, gpu_backend, poison):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_coupling(dtype, gpu_backend):
     half = torch.float64 if dtype == torch.float64 else torch.float32
-    for shape in ((), (5, 6), (0, 4, 3, 3), (2, 6, 20, 37), (3, 1, 2, 1, 2, 2)):
+    for shape in ((), (5, 8), (0, 4, 3, 3), (2, 6, 20, 37), (3, 1, 2, 1, 2, 2)):
         base, update, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
         base, update, grad = base.to(half), update.to(dtype), grad.to(half)
         views = [lambda x: x.clone(), lambda x: torch.stack([x, x], -1)[..., 0]]
+        if shape:
+            views += [lambda x: torch.cat([x[..., :1], x], -1)[..., 1:]]  # rows that 16 bytes do not divide
         if len(shape) == 4:
             views += [lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[1]]
         for view in views:
