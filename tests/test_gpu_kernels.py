@@ -94,6 +94,45 @@ def test_nms_of_columns(gpu_backend):
     assert 10 < len(kept) < 60
 
 
+def apart(x, dim):
+    """A copy whose neighbours along ``dim`` lie one number further apart, and which begins one number later if None."""
+    strides = [s if dim is None or s < x.stride(dim) else s + s // x.stride(dim) for s in x.stride()]
+    memory = x.new_empty(2 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)))
+    return memory.as_strided(x.shape, strides, int(dim is None)).copy_(x)
+
+
+BOXES = torch.tensor([[0.0, 1, 1, 14, 7], [1, 0, 2, 9, 5]])
+OF_MAPS = {
+    "roi_align": lambda x, weight: pyzoo.ops.roi_align(x, BOXES, 4),
+    "roi_pool": lambda x, weight: pyzoo.ops.roi_pool(x, BOXES, 4),
+    "depthwise_conv2d": lambda x, weight: pyzoo.ops.depthwise_conv2d(x, weight[:, :1], padding=1),
+    "masked_conv2d": lambda x, weight: pyzoo.ops.masked_conv2d(x, weight, mask="B"),
+    "gram_matrix": lambda x, weight: pyzoo.ops.gram_matrix(x),
+    "spatial_pyramid_pool2d": lambda x, weight: pyzoo.ops.spatial_pyramid_pool2d(x, (1, 4), "avg"),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", OF_MAPS.values(), ids=OF_MAPS)
+@pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True)
+def test_sixteen_bytes_are_read_at_once_where_they_are_aligned(op, layout, gpu_backend):
+    x = inputs.features(2, 16, 8, 16, dtype=torch.float16, memory_format=layout)
+    weight = inputs.features(16, 16, 3, 3, dtype=torch.float16, seed=1)
+
+    def gradients(dim):
+        leaves = [t.detach().requires_grad_() for t in (x if dim == "as it is" else apart(x, dim), weight)]
+        out = op(*leaves)
+        grad = inputs.features(*out.shape, dtype=out.dtype, seed=2)
+        if out.dim() == 4:
+            grad = grad.contiguous(memory_format=layout)
+            grad = grad if dim == "as it is" else apart(grad, dim)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad, allow_unused=True)
+
+    expected = gradients("as it is")
+    for dim in (None, 0, 1, 2, 3):
+        torch.testing.assert_close(gradients(dim), expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("op", [pyzoo.ops.roi_align, pyzoo.ops.roi_pool])
 @pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True)
