@@ -6,6 +6,7 @@ On a machine with a GPU, ``PYZOO_TEST_DEVICE=cuda PYZOO_BACKEND=triton`` (or ``c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,21 +117,28 @@ OF_MAPS = {
 @pytest.mark.parametrize("op", OF_MAPS.values(), ids=OF_MAPS)
 @pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True)
 def test_sixteen_bytes_are_read_at_once_where_they_are_aligned(op, layout, gpu_backend):
-    x = inputs.features(2, 16, 8, 16, dtype=torch.float16, memory_format=layout)
-    weight = inputs.features(16, 16, 3, 3, dtype=torch.float16, seed=1)
-
-    def gradients(dim):
-        leaves = [t.detach().requires_grad_() for t in (x if dim == "as it is" else apart(x, dim), weight)]
+    def gradients(x, placed):
+        weight = inputs.features(x.shape[1], x.shape[1], 3, 3, dtype=x.dtype, seed=1)
+        leaves = [t.detach().requires_grad_() for t in (placed(x), weight)]
         out = op(*leaves)
         grad = inputs.features(*out.shape, dtype=out.dtype, seed=2)
-        if out.dim() == 4:
-            grad = grad.contiguous(memory_format=layout)
-            grad = grad if dim == "as it is" else apart(grad, dim)
+        grad = placed(grad.contiguous(memory_format=layout)) if out.dim() == 4 else grad
         return out.detach(), *torch.autograd.grad(out, leaves, grad, allow_unused=True)
 
-    expected = gradients("as it is")
-    for dim in (None, 0, 1, 2, 3):
-        torch.testing.assert_close(gradients(dim), expected, rtol=2e-3, atol=2e-3)
+    def wider(dim):  # strides that packs divide, though not the size
+        more = lambda x: torch.cat([x, x.narrow(dim, 0, 3)], dim).contiguous(memory_format=layout)  # noqa: E731
+        return lambda x: more(x).narrow(dim, 0, x.shape[dim])
+
+    dims = (None, 0, 1, 2, 3)
+    for channels, width, places in (
+        (16, 16, [partial(apart, dim=dim) for dim in dims]),
+        (13, 16, [wider(1)]),
+        (16, 13, [wider(3)]),
+    ):
+        x = inputs.features(2, channels, 8, width, dtype=torch.float16, memory_format=layout)
+        expected = gradients(x, lambda x: x)
+        for placed in places:
+            torch.testing.assert_close(gradients(x, placed), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
