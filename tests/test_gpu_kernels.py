@@ -95,11 +95,16 @@ def test_nms_of_columns(gpu_backend):
     assert 10 < len(kept) < 60
 
 
+def laid_out(x, strides, offset=0):
+    """A copy in memory that ends with its last number."""
+    memory = x.new_empty(offset + 1 + sum(max(n - 1, 0) * s for n, s in zip(x.shape, strides, strict=True)))
+    return memory.as_strided(x.shape, strides, offset).copy_(x)
+
+
 def apart(x, dim):
     """A copy whose neighbours along ``dim`` lie one number further apart, and which begins one number later if None."""
     strides = [s if dim is None or s < x.stride(dim) else s + s // x.stride(dim) for s in x.stride()]
-    memory = x.new_empty(2 + sum(max(n - 1, 0) * s for n, s in zip(x.shape, strides, strict=True)))
-    return memory.as_strided(x.shape, strides, int(dim is None)).copy_(x)
+    return laid_out(x, strides, int(dim is None))
 
 
 BOXES = torch.tensor([[0.0, 1, 1, 14, 7], [1, 0, 2, 9, 5]])
@@ -125,9 +130,9 @@ def test_sixteen_bytes_are_read_at_once_where_they_are_aligned(op, layout, gpu_b
         grad = placed(grad.contiguous(memory_format=layout)) if out.dim() == 4 else grad
         return out.detach(), *torch.autograd.grad(out, leaves, grad, allow_unused=True)
 
-    def wider(dim):  # strides that packs divide, though not the size
+    def wider(dim):  # with strides that packs divide, though not the size
         more = lambda x: torch.cat([x, x.narrow(dim, 0, 3)], dim).contiguous(memory_format=layout)  # noqa: E731
-        return lambda x: more(x).narrow(dim, 0, x.shape[dim])
+        return lambda x: laid_out(x, more(x).stride())
 
     dims = (None, 0, 1, 2, 3)
     for channels, width, places in (
