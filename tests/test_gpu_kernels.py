@@ -183,7 +183,9 @@ def test_spatial_pyramid_of_a_map_wider_than_a_block(mode, gpu_backend):
 
 def test_roi_pool_backward_looks_for_the_maxima_again(gpu_backend):
     """Where the forward has not stored them, as under torch.compile."""
-    x, boxes = torch.randn(1, 3, 9, 9, requires_grad=True), torch.tensor([[0.0, 1, 1, 7, 8], [0, 0, 2, 4, 3]])
+    x = inputs.features(1, 5, 9, 9, memory_format=torch.channels_last)
+    x = laid_out(x, (0, 1, 9 * 8, 8)).requires_grad_()  # 16 bytes of the last pixel would go beyond
+    boxes = torch.tensor([[0.0, 1, 1, 7, 8], [0, 0, 2, 9, 9]])
     out = pyzoo.ops.roi_pool(x, boxes, 3)
     grad_output = torch.randn_like(out)
     (expected,) = torch.autograd.grad(out, x, grad_output)
