@@ -14,7 +14,8 @@ from rich.table import Table
 from pyzoo.cli import CommandError
 
 from . import suite
-from .page import format_ms, format_ratio, render
+from .page import render
+from .suite import format_ms, format_ratio
 
 
 def bench(args: Namespace) -> int:

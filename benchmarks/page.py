@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .measure import geometric_mean
-from .suite import busy, problems, summary, summary_line
+from .suite import busy, format_ms, format_ratio, problems, summary, summary_line
 
 FORWARD, BACKWARD, LOSS, PEER, FLOOR, INK = "#2563eb", "#0d9488", "#dc2626", "#9ca3af", "#d97706", "#374151"
 
@@ -96,18 +96,6 @@ def render(document: dict) -> str:
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
-
-
-def format_ratio(ratio: float) -> str:
-    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
-
-
-def format_ms(seconds: float | None) -> str:
-    """Milliseconds with three significant digits."""
-    if seconds is None:
-        return ""
-    ms = seconds * 1e3
-    return f"{ms:.0f}" if ms > 99.9 else f"{ms:#.3g}" if ms >= 1e-3 else "<0.001"
 
 
 def _by_op(results: list[dict]) -> dict[str, list[dict]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pyzoo.models._registry import table as models_table
 
 from . import suite
-from .page import format_ratio
+from .suite import format_ratio
 
 README = suite.ROOT / "README.md"
 

@@ -108,6 +108,18 @@ def summary(results: list[dict]) -> list[dict]:
     return rows
 
 
+def format_ratio(ratio: float) -> str:
+    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.1f}×" if ratio >= 10 else f"{ratio:.2f}×"
+
+
+def format_ms(seconds: float | None) -> str:
+    """Milliseconds with three significant digits."""
+    if seconds is None:
+        return ""
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms > 99.9 else f"{ms:#.3g}" if ms >= 1e-3 else "<0.001"
+
+
 def problems(results: list[dict]) -> list[str]:
     """One sentence for each distinct reason why cases of an op have no result."""
     reasons: dict[tuple, list[str]] = {}

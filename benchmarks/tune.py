@@ -7,7 +7,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from triton.runtime.errors import OutOfResources
 
 import pyzoo
@@ -32,7 +31,8 @@ def tune(args: Namespace) -> int:
     file = Path(args.output or _configs.CACHE) / f"{family}.json"
     best: dict[str, list[dict]] = json.loads(file.read_text()) if file.exists() else {}
     with pyzoo.backend("triton"):
-        for spec, case, dtype in track(work, "measuring"):
+        for number, (spec, case, dtype) in enumerate(work, 1):
+            print(f"{number} of {len(work)}: {spec.name} {case.id}, {dtype}", flush=True)
             call, _ = measure.prepare(spec, case, "cuda", dtype)
             for kernel, entries in fastest(call).items():
                 measured = [(entry["dtype"], entry["shape"]) for entry in entries]

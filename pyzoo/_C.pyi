@@ -1,7 +1,8 @@
 """The compiled core. Private: use pyzoo.ops, pyzoo.nn or pyzoo.numpy.
 
 Kernels write their result into the array that they are given for it. Arrays are anything with ``__dlpack__``, of any
-strides.
+strides. A build with CUDA kernels has for most ``<name>_cpu`` a ``<name>_cuda`` of the same arguments, found by name
+(``_backend.py``), hence not listed; ``nms_cuda`` returns a tensor.
 """
 
 from collections.abc import Sequence

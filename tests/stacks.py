@@ -43,7 +43,7 @@ def step(call, stack, x, seed=2):
     torch.manual_seed(seed)
     out = call(x)
     random = torch.get_rng_state()
-    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(out)
     grads = torch.autograd.grad(out, [x, *(p for p in stack.parameters() if p.requires_grad)], grad, allow_unused=True)
     assert torch.equal(torch.get_rng_state(), random)
     return out.detach(), grads, list(stack.buffers()), random

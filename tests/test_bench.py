@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from benchmarks import measure, page, suite
+from benchmarks import gpu, measure, page, suite
 from pyzoo import cli
 from tests.specs.spec import BenchCase, OpSpec
 
@@ -280,6 +280,23 @@ def test_a_disagreement_sets_the_exit_status(two_ops, tmp_path, capsys):
     assert len(json.loads(raw.read_text())["results"]) == 2
     assert cli.main(["bench", "--render", str(raw), "-o", str(tmp_path / "again")]) == 1
     assert (tmp_path / "again" / "index.html").exists()
+
+
+def test_what_make_gpu_measures(two_ops, tmp_path, capsys):
+    assert [spec.name for spec, _ in gpu.cases("cuda", time.monotonic() + 60)] == ["double", "wrong"]
+    assert not list(gpu.cases("cuda", time.monotonic()))
+    raw = tmp_path / "data" / "raw.json"
+    assert gpu.run("cpu", "float32", gpu.cases("cpu", time.monotonic() + 60), raw, "cpu") == 1
+    printed = capsys.readouterr().out
+    assert "double one: " in printed
+    assert "wrong one: disagrees: 4 of 4 values differ" in printed
+    assert "| double | all | 1 |" in printed
+    assert [r["op"] for r in json.loads(raw.read_text())["results"]] == ["double", "wrong"]
+
+
+def test_make_gpu_needs_no_extra():
+    code = "import sys; sys.modules.update(rich=None, matplotlib=None); import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=suite.ROOT)
 
 
 def test_list_shows_the_cases(two_ops, capsys):

@@ -1,11 +1,16 @@
-"""On a GPU: streams, graphs, several devices. What is computed there is the battery's to check (``test_ops.py``)."""
+"""On a GPU: streams, graphs, several devices; and what the battery (``test_ops.py``) does not compute there."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import pyzoo
+from benchmarks.measure import move
+from pyzoo.ops import pixelcnn_sample
 from tests import test_ops
+from tests.specs.pixelcnn_sample import random_network, random_uniforms
+from tests.stacks import check_step, make_input, make_stack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FLOAT32, CONTIGUOUS = torch.float32, test_ops.Layout("", torch.contiguous_format)
@@ -72,3 +77,19 @@ def test_runs_where_its_tensors_are(spec):
     for there, here in zip(*map(torch.utils._pytree.tree_leaves, (actual, expected)), strict=True):
         assert there.device == torch.device("cuda:1")
         torch.testing.assert_close(there.to("cuda:0"), here, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_sampler_draws_what_it_draws_on_the_cpu(backend):
+    network = random_network(3, 4, 6, 1)
+    uniforms = random_uniforms(2, network, 3, 4)
+    expected = pixelcnn_sample(network, (2, 3, 4), uniforms=uniforms)
+    with pyzoo.backend(backend):
+        actual = pixelcnn_sample(move(network, "cuda"), (2, 3, 4), uniforms=uniforms.cuda())
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_reversible_stack(backend):
+    with pyzoo.backend(backend):
+        check_step(make_stack(2).cuda(), make_input(3, 8, 9, 7).cuda())

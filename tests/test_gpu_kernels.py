@@ -6,6 +6,7 @@ On a machine with a GPU, ``PYZOO_TEST_DEVICE=cuda PYZOO_BACKEND=triton`` (or ``c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,18 +72,17 @@ def test_image_out_of_range_shows(op, gpu_backend):
 
 @pytest.mark.parametrize("limit", [None, 30])
 def test_nms_in_chunks(limit, gpu_backend, monkeypatch):
-    """Which no sample is large enough for."""
+    """Which no sample is large enough for. From 8193 boxes on, a block of the CUDA kernel ranks by several tiles."""
     if gpu_backend == "triton":
         monkeypatch.setattr("pyzoo.kernels.nms.CHUNK", 512)
-    count = 700 if gpu_backend == "triton" else 5000
-    boxes, scores = nms.clustered(count), nms.random_scores(count)
-    idxs = batched_nms.classes(count, 3)
-    for op, reference, args in (
-        (pyzoo.ops.nms, pyzoo.ops.nms_reference, (boxes, scores)),
-        (pyzoo.ops.batched_nms, pyzoo.ops.batched_nms_reference, (boxes, scores, idxs)),
+    for op, reference, more, count in (
+        (pyzoo.ops.nms, pyzoo.ops.nms_reference, (), 4500 if limit else 8200),
+        (pyzoo.ops.batched_nms, pyzoo.ops.batched_nms_reference, (batched_nms.classes(4500, 3),), 4500),
     ):
-        actual = op(*args, 0.5, max_output=limit)
-        torch.testing.assert_close(actual, reference(*args, 0.5, max_output=limit), rtol=0, atol=0)
+        count = 700 if gpu_backend == "triton" else count
+        args = nms.clustered(count), nms.random_scores(count), *(x[:count] for x in more), 0.5
+        actual = op(*args, max_output=limit)
+        torch.testing.assert_close(actual, reference(*args, max_output=limit), rtol=0, atol=0)
 
 
 def test_nms_of_columns(gpu_backend):
@@ -93,6 +93,83 @@ def test_nms_of_columns(gpu_backend):
     kept = pyzoo.ops.nms(table[:, :4], table[:, 5], 0.3)
     assert kept.tolist() == pyzoo.ops.nms(table[:, :4].contiguous(), table[:, 5].contiguous(), 0.3).tolist()
     assert 10 < len(kept) < 60
+
+
+def laid_out(x, strides, offset=0):
+    """A copy in memory that ends with its last number."""
+    memory = x.new_empty(offset + 1 + sum(max(n - 1, 0) * s for n, s in zip(x.shape, strides, strict=True)))
+    return memory.as_strided(x.shape, strides, offset).copy_(x)
+
+
+def apart(x, dim):
+    """A copy whose neighbours along ``dim`` lie one number further apart, and which begins one number later if None."""
+    strides = [s if dim is None or s < x.stride(dim) else s + s // x.stride(dim) for s in x.stride()]
+    return laid_out(x, strides, int(dim is None))
+
+
+BOXES = torch.tensor([[0.0, 1, 1, 14, 7], [1, 0, 2, 9, 5]])
+OF_MAPS = {
+    "roi_align": lambda x, weight: pyzoo.ops.roi_align(x, BOXES, 4),
+    "roi_pool": lambda x, weight: pyzoo.ops.roi_pool(x, BOXES, 4),
+    "depthwise_conv2d": lambda x, weight: pyzoo.ops.depthwise_conv2d(x, weight[:, :1], padding=1),
+    "masked_conv2d": lambda x, weight: pyzoo.ops.masked_conv2d(x, weight, mask="B"),
+    "gram_matrix": lambda x, weight: pyzoo.ops.gram_matrix(x),
+    "spatial_pyramid_pool2d": lambda x, weight: pyzoo.ops.spatial_pyramid_pool2d(x, (1, 4), "avg"),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", OF_MAPS.values(), ids=OF_MAPS)
+@pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True)
+def test_sixteen_bytes_are_read_at_once_where_they_are_aligned(op, layout, gpu_backend):
+    def gradients(x, placed):
+        weight = inputs.features(x.shape[1], x.shape[1], 3, 3, dtype=x.dtype, seed=1)
+        leaves = [t.detach().requires_grad_() for t in (placed(x), weight)]
+        out = op(*leaves)
+        grad = inputs.features(*out.shape, dtype=out.dtype, seed=2)
+        grad = placed(grad.contiguous(memory_format=layout)) if out.dim() == 4 else grad
+        return out.detach(), *torch.autograd.grad(out, leaves, grad, allow_unused=True)
+
+    def wider(dim):  # with strides that packs divide, though not the size
+        more = lambda x: torch.cat([x, x.narrow(dim, 0, 3)], dim).contiguous(memory_format=layout)  # noqa: E731
+        return lambda x: laid_out(x, more(x).stride())
+
+    dims = (None, 0, 1, 2, 3)
+    for channels, width, places in (
+        (16, 16, [partial(apart, dim=dim) for dim in dims]),
+        (13, 16, [wider(1)]),
+        (16, 13, [wider(3)]),
+    ):
+        x = inputs.features(2, channels, 8, width, dtype=torch.float16, memory_format=layout)
+        expected = gradients(x, lambda x: x)
+        for placed in places:
+            torch.testing.assert_close(gradients(x, placed), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("op", [pyzoo.ops.roi_align, pyzoo.ops.roi_pool])
+@pytest.mark.parametrize("gpu_backend", ["cuda"], indirect=True)
+def test_many_boxes_of_one_place(op, layout, gpu_backend, poison):
+    """More than a block takes at a time; and enough to copy the map before it is read."""
+    x = inputs.features(1, 40, 20, 20, memory_format=layout).requires_grad_()
+    sides = 4 + 4 * torch.rand(40, 4, generator=inputs.generator()).cumsum(1)
+    boxes = torch.cat([torch.tensor([[0.0, 2, -1, 4, 0]]), torch.cat([torch.zeros(40, 1), sides], 1)])
+    few, many = op(x, boxes[:1], 3), op(x, boxes, 3)
+    expected = getattr(pyzoo.ops, f"{op.__name__}_reference")(x, boxes, 3)
+    assert torch.equal(few, many[:1])
+    torch.testing.assert_close(many, expected, rtol=1e-5, atol=1e-5)
+    grad_output = torch.randn_like(expected)
+    for actual, want in zip(*(torch.autograd.grad(out, x, grad_output) for out in (many, expected)), strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [5, 300])
+def test_roi_pool_argmax(layout, channels, gpu_backend, poison):
+    x = inputs.features(2, channels, 11, 9, memory_format=layout)
+    boxes = torch.tensor([[0.0, 1, 1, 7, 8], [1, 0, 2, 4, 3], [1, 8, 8, 30, 30], [0, 20, 20, 30, 30]])
+    _, expected = pyzoo.ops.roi_pool_reference(x, boxes, 3, return_argmax=True)
+    assert torch.equal(torch.ops.pyzoo._roi_pool_argmax(x, boxes, 1.0, 3, 3), expected)
 
 
 @pytest.mark.parametrize("mode", ["max", "avg"])
@@ -106,7 +183,9 @@ def test_spatial_pyramid_of_a_map_wider_than_a_block(mode, gpu_backend):
 
 def test_roi_pool_backward_looks_for_the_maxima_again(gpu_backend):
     """Where the forward has not stored them, as under torch.compile."""
-    x, boxes = torch.randn(1, 3, 9, 9, requires_grad=True), torch.tensor([[0.0, 1, 1, 7, 8], [0, 0, 2, 4, 3]])
+    x = inputs.features(1, 5, 9, 9, memory_format=torch.channels_last)
+    x = laid_out(x, (0, 1, 9 * 8, 8)).requires_grad_()  # 16 bytes of the last pixel would go beyond
+    boxes = torch.tensor([[0.0, 1, 1, 7, 8], [0, 0, 2, 9, 9]])
     out = pyzoo.ops.roi_pool(x, boxes, 3)
     grad_output = torch.randn_like(out)
     (expected,) = torch.autograd.grad(out, x, grad_output)
@@ -168,10 +247,12 @@ def test_channel_sum(dtype, gpu_backend, poison):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_coupling(dtype, gpu_backend):
     half = torch.float64 if dtype == torch.float64 else torch.float32
-    for shape in ((), (5, 6), (0, 4, 3, 3), (2, 6, 20, 37), (3, 1, 2, 1, 2, 2)):
+    for shape in ((), (5, 8), (0, 4, 3, 3), (2, 6, 20, 37), (3, 1, 2, 1, 2, 2)):
         base, update, grad = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
         base, update, grad = base.to(half), update.to(dtype), grad.to(half)
-        views = [lambda x: x.clone(), lambda x: torch.stack([x, x], -1)[..., 0]]
+        views = [lambda x: x.clone(), lambda x: torch.stack([x, x], -1)[..., 0], lambda x: apart(x, None)]
+        if shape:
+            views += [lambda x: apart(x, 0)]
         if len(shape) == 4:
             views += [lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[1]]
         for view in views:

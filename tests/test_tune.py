@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 
-pytest.importorskip("rich")
 pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources

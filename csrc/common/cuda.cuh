@@ -137,7 +137,7 @@ class Shared {
 #ifdef PYZOO_EMULATED
   emulator::Cell<T> elements_[(kSizes * ...)];
 #else
-  alignas(16) T elements_[(kSizes * ...)];
+  alignas(16) alignas(T) T elements_[(kSizes * ...)];
 #endif
 };
 

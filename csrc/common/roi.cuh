@@ -42,7 +42,6 @@ inline bool channels_pack(const void* data, DType dtype, int n, int64_t channels
   return all;
 }
 inline bool channels_pack(const FeatureMap& m, int n) {
-  // After the last channel there may be padding.
   return channels_pack(m.data, m.dtype, n, m.channels, m.channel_stride, {m.image_stride, m.row_stride, m.pixel_stride});
 }
 inline bool channels_pack(const Pooled& p, int n) {
@@ -55,7 +54,7 @@ struct MapCopy {
   FeatureMap from, to;
 };
 
-// to [N, H, W, C] with perhaps more channels, which are zero.
+// to [N, H, W, C].
 template <class T>
 __global__ void __launch_bounds__(kRoiThreads) copy_maps_kernel(Shares<MapCopy> copies) {
   __shared__ Shared<T, kWarp, kWarp + 1> tile;  // [channel][pixel]
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kRoiThreads) copy_maps_kernel(Shares<MapCopy> 
   const MapCopy& copy = copies.items[copies.find(block)];
   const FeatureMap &from = copy.from, &to = copy.to;
   const unsigned pixels = unsigned(from.pixels()), pixel_tiles = (pixels + kWarp - 1) / kWarp;
-  const unsigned channel_tiles = unsigned(ceil_div(to.channels, kWarp));
+  const unsigned channel_tiles = unsigned(ceil_div(from.channels, kWarp));
   const int64_t c0 = int64_t(block % channel_tiles) * kWarp, image = block / channel_tiles / pixel_tiles;
   const unsigned p0 = block / channel_tiles % pixel_tiles * kWarp, width = unsigned(from.width);
   const unsigned p = std::min(p0 + lane, pixels - 1);
@@ -73,20 +72,18 @@ __global__ void __launch_bounds__(kRoiThreads) copy_maps_kernel(Shares<MapCopy> 
   for (int row = 0; row < kWarp; row += kRoiWarps)
     tile(warp + row, lane) = c0 + warp + row < from.channels ? pixel[(warp + row) * from.channel_stride] : T{};
   __syncthreads();
-  if (c0 + lane >= to.channels) return;
+  if (c0 + lane >= from.channels) return;
 #pragma unroll
   for (int row = 0; row < kWarp; row += kRoiWarps)
     if (p0 + warp + row < pixels) to.at<T>(image, c0 + lane)[(p0 + warp + row) * to.pixel_stride] = tile(lane, warp + row);
 }
 
-// Replaces maps whose channels do not lie side by side by copies, in the memory that is returned, where they do, in whole packs.
+// Replaces maps whose channels do not lie side by side by copies, in the memory that is returned, where they do.
 template <class T>
 std::shared_ptr<T> join_channels(const Tensor& like, std::vector<FeatureMap>& maps) {
-  constexpr int64_t n = 16 / sizeof(T);
-  const auto padded = [&](const FeatureMap& map) { return ceil_div(map.channels, n) * n; };
   int64_t size = 0;
   for (const FeatureMap& map : maps)
-    if (!map.channels_last()) size += map.images * map.pixels() * padded(map);
+    if (!map.channels_last()) size += map.images * map.pixels() * map.channels;
   if (size == 0) return nullptr;
   const auto memory = like.scratch<T>(size);
   T* next = memory.get();
@@ -98,11 +95,10 @@ std::shared_ptr<T> join_channels(const Tensor& like, std::vector<FeatureMap>& ma
   for (FeatureMap& map : maps) {
     if (map.channels_last()) continue;
     FeatureMap to = map;
-    to.data = next, to.channels = to.pixel_stride = padded(map), to.channel_stride = 1;
+    to.data = next, to.pixel_stride = map.channels, to.channel_stride = 1;
     to.row_stride = to.width * to.pixel_stride, to.image_stride = to.height * to.row_stride;
     next += map.images * to.image_stride;
-    copies.add({map, to}, map.images * ceil_div(map.pixels(), kWarp) * ceil_div(to.channels, kWarp));
-    to.channels = map.channels;
+    copies.add({map, to}, map.images * ceil_div(map.pixels(), kWarp) * ceil_div(map.channels, kWarp));
     map = to;
     if (copies.count == Shares<MapCopy>::kMost) launch_all();
   }

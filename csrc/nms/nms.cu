@@ -188,7 +188,6 @@ __global__ void __launch_bounds__(kWalk) nms_walk_kernel(Sorted<T> s, const uint
     int changed;
     do {
       const uint32_t word = __ballot_sync(kAllLanes, now);
-      __syncthreads();  // everybody has read what was there
       if (lane == 0) kept_words(j0 / kWarp + warp) = word;
       __syncthreads();
       bool then = alive;

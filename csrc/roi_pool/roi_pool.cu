@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(kRoiThreads)
       store_pack(to, pack);
     } else {
 #pragma unroll
-      for (int i = 0; i < n; ++i)
-        if (c + i < output.channels) to[i * index.channel_stride] = at[i];
+      for (int i = 0; i < n; ++i) to[i * index.channel_stride] = at[i];
     }
   }
   if (output.data) tile.finish(output, part);
