@@ -77,26 +77,35 @@ struct Keyed {
   bool operator<(const Keyed& other) const { return key != other.key ? key < other.key : index < other.index; }
 };
 
-// Sorts by key, equal keys by index; the indices must come ascending.
+// Sorts by key, equal keys by index; the indices must come ascending. By the leading of the bits that vary first, which leaves little to
+// sort behind them.
 template <class K>
 void sort_keys(Keyed<K>* items, int64_t n) {
   if (n < 128) return std::sort(items, items + n);
   K varying = 0;
   for (int64_t i = 0; i < n; ++i) varying |= items[i].key ^ items[0].key;
-  const int bits = n < 4096 ? 8 : 11, rounds = (int(8 * sizeof(K)) + bits - 1) / bits;
+  if (!varying) return;
+  const int bits = n < 512 ? 8 : n < 4096 ? 10 : 11, rounds = n < 4096 ? 2 : 3;
+  const int lowest = __builtin_ctzll(varying), first = std::max(lowest, 64 - __builtin_clzll(varying) - rounds * bits);
   const uint32_t buckets = 1u << bits;
   const Array<Keyed<K>> spare = allocate<Keyed<K>>(n);
   Keyed<K>*from = items, *to = spare.get();
   std::vector<uint32_t> begins(size_t(rounds) * buckets);  // of all rounds, counted in one walk
   for (int64_t i = 0; i < n; ++i)
-    for (int round = 0; round < rounds; ++round) ++begins[round * buckets + (items[i].key >> round * bits & (buckets - 1))];
+    for (int round = 0; round < rounds; ++round) ++begins[round * buckets + (items[i].key >> first >> round * bits & (buckets - 1))];
   for (int round = 0; round < rounds; ++round) {
-    const int shift = round * bits;
-    if (!(varying >> shift & (buckets - 1))) continue;
+    const int shift = first + round * bits;
+    if (shift >= int(8 * sizeof(K)) || !(varying >> shift & (buckets - 1))) continue;
     uint32_t *begin = begins.data() + round * buckets, sum = 0;
     for (uint32_t b = 0; b < buckets; ++b) sum += std::exchange(begin[b], sum);
     for (int64_t i = 0; i < n; ++i) to[begin[from[i].key >> shift & (buckets - 1)]++] = from[i];
     std::swap(from, to);
+  }
+  if (first > lowest) {
+    for (int64_t i = 0, end; i < n; i = end) {
+      for (end = i + 1; end < n && !((from[i].key ^ from[end].key) >> first);) ++end;
+      if (end > i + 1 && !std::is_sorted(from + i, from + end)) std::sort(from + i, from + end);
+    }
   }
   if (from != items) std::copy(from, from + n, items);
 }

@@ -119,7 +119,8 @@ def _detached(x):
 
 
 def _kept(boxes, scores, idxs, iou_threshold, shift_classes):
-    boxes, scores = _detached(boxes), _detached(scores)
+    if boxes.requires_grad or scores.requires_grad:
+        boxes, scores = boxes.detach(), scores.detach()
     if runs_on_core(boxes.device):
         return C.nms_cpu(boxes, scores, idxs, iou_threshold, None, shift_classes)
     keep = boxes.new_empty(boxes.shape[0], dtype=torch.int64)
