@@ -187,6 +187,7 @@ def _nms_padded_vmap(info, in_dims, boxes, scores, *rest):
     return unfold(_nms_padded.op(*tensors, *rest))
 
 
+# Called as operators: without a derivative the dispatcher takes less than the questions whether it may be passed by.
 _nms = Operator(  # torchvision's schema
     "nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     impl=_nms_impl,
