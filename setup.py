@@ -146,7 +146,7 @@ class NinjaBuild(build_ext):
             sources = cuda_sources + sources
 
         lines = [
-            f"rule cxx\n command = {shlex.join(cxx)} {shlex.join(flags)} -MMD -MF $out.d -c $in -o $out",
+            f"rule cxx\n command = {shlex.join(cxx)} {shlex.join(flags)} $more -MMD -MF $out.d -c $in -o $out",
             " depfile = $out.d\n deps = gcc\n description = $in",
             f"rule cuda\n command = {cuda}",
             " depfile = $out.d\n deps = gcc\n description = $in",
@@ -157,6 +157,8 @@ class NinjaBuild(build_ext):
         for source in sources:
             objects.append("_".join(source.relative_to(ROOT / "csrc").parts) + ".o")
             lines.append(f"build {objects[-1]}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}")
+            if source.name == "bindings.cpp":
+                lines.append(" more = -O1")  # no kernels, and most of it is pybind11
         lines.append(f"build _C.so: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 

@@ -81,8 +81,8 @@ def depthwise_conv2d_bwd_weight_cpu(
     dilation: Sequence[int],
 ) -> None: ...
 def nms_cpu(
-    boxes: Array, scores: Array, idxs: Array | None, iou_threshold: float, keep: Array, shift_classes: bool
-) -> int | list[int]: ...
+    boxes: Array, scores: Array, idxs: Array | None, iou_threshold: float, keep: Array | None, shift_classes: bool
+) -> int | list[int] | Array: ...
 def pixelcnn_sample_cpu(
     layers: Sequence[PixelCNNLayer],
     head: Sequence[tuple[Array, Array]],

@@ -273,3 +273,14 @@ def test_bad_input(args, message):
     boxes, scores, idxs, keep = args
     with pytest.raises(ValueError, match=message):
         _C.nms_cpu(boxes, scores, idxs, 0.5, keep, False)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("n", [127, 128, 511, 512, 4095, 4096, 9000])
+def test_order_of_scores_that_differ_in_their_last_bits(n, dtype):
+    g = torch.Generator().manual_seed(n)
+    for different in (2, 100, 10**6):
+        scores = 0.5 + torch.randint(different, (n,), generator=g).to(dtype) * torch.finfo(dtype).eps
+        scores[n // 2] = -1e30  # so that the leading bits vary, too
+        boxes = torch.zeros(n, 4, dtype=dtype)  # the overlap is NaN: all are kept
+        assert torch.equal(kept(boxes, scores, 0.5), scores.sort(descending=True, stable=True).indices)

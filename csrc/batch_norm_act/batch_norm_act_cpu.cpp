@@ -145,11 +145,11 @@ Blocks checked(const Tensor& input, std::initializer_list<std::pair<const Tensor
   const auto see = [&](const Tensor& t, const char* name) {
     check_cpu(t, name);
     check_dtype(t, name, input.dtype);
-    check(t.ndim == 4 && std::equal(t.shape, t.shape + 4, input.shape),
-          std::string(name) + " must have shape " + input.shape_string() + ", got " + t.shape_string());
+    PZ_CHECK(t.ndim == 4 && std::equal(t.shape, t.shape + 4, input.shape),
+             std::string(name) + " must have shape " + input.shape_string() + ", got " + t.shape_string());
     planar = planar && dense(t, {3, 2, 1, 0});
     last = last && dense(t, {1, 3, 2, 0});
-    check(planar || last || t.numel() == 0, std::string(name) + " must be contiguous or channels_last, as the other maps are");
+    PZ_CHECK(planar || last || t.numel() == 0, std::string(name) + " must be contiguous or channels_last, as the other maps are");
   };
   see(input, "input");
   for (const auto& [t, name] : others)
@@ -162,7 +162,7 @@ void check_channels(const Tensor& input, std::initializer_list<std::pair<const T
     check_cpu(*t, name);
     check_contiguous(*t, name);
     check_dtype(*t, name, input.dtype == DType::f64 ? DType::f64 : DType::f32);
-    check(t->ndim == 1 && t->shape[0] == input.shape[1], std::string(name) + " must have shape [C], got " + t->shape_string());
+    PZ_CHECK(t->ndim == 1 && t->shape[0] == input.shape[1], std::string(name) + " must have shape [C], got " + t->shape_string());
   }
 }
 
@@ -207,7 +207,7 @@ void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Ten
 void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* output,
                             const Tensor& mean, const Tensor& var, const Tensor& grad_input, const Tensor& grad_weight,
                             const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
-  check(!output == !grad_residual, "output and grad_residual must be given both or neither");
+  PZ_CHECK(!output == !grad_residual, "output and grad_residual must be given both or neither");
   const Blocks blocks =
       checked(input, {{&grad_output, "grad_output"}, {output, "output"}, {&grad_input, "grad_input"}, {grad_residual, "grad_residual"}});
   check_channels(input, {{&weight, "weight"}, {&bias, "bias"}, {&mean, "mean"}, {&var, "var"}});

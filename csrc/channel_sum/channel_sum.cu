@@ -48,7 +48,7 @@ void channel_sum_cuda(const Tensor& map, const Tensor& output) {
   check_device(output, "output", kCuda);
   check_contiguous(output, "output");
   check_dtype(output, "output", from.dtype);
-  check(output.ndim == 1 && output.shape[0] == from.channels, "output must have shape [C], got " + output.shape_string());
+  PZ_CHECK(output.ndim == 1 && output.shape[0] == from.channels, "output must have shape [C], got " + output.shape_string());
   if (from.channels == 0) return;
   dispatch_floating(from.dtype, [&](auto zero) {
     using T = decltype(zero);

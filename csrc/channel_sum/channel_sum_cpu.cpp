@@ -15,7 +15,7 @@ void channel_sum_cpu(const Tensor& map, const Tensor& output) {
   check_contiguous(output, "output");
   check_cpu(output, "output");
   check_dtype(output, "output", from.dtype);
-  check(output.ndim == 1 && output.shape[0] == from.channels, "output must have shape [C], got " + output.shape_string());
+  PZ_CHECK(output.ndim == 1 && output.shape[0] == from.channels, "output must have shape [C], got " + output.shape_string());
   dispatch_floating(from.dtype, [&](auto zero) {
     using T = decltype(zero);
     PZ_FOR_ISA_OF(T, template channel_sum<T>)(from, output.ptr<T>());

@@ -27,7 +27,7 @@ constexpr unsigned kAllLanes = 0xffffffff;
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, const Tensor& like, A... args) {
   if (blocks == 0) return;
-  check(blocks <= INT32_MAX, "a CUDA kernel would need " + std::to_string(blocks) + " blocks, at most 2^31 - 1 are allowed");
+  PZ_CHECK(blocks <= INT32_MAX, "a CUDA kernel would need " + std::to_string(blocks) + " blocks, at most 2^31 - 1 are allowed");
 #ifdef PYZOO_EMULATED
   (void)like;
   emulator::run(unsigned(blocks), threads, [&] { kernel(P(args)...); });

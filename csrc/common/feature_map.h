@@ -35,13 +35,13 @@ struct FeatureMap {
     images = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
     image_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], pixel_stride = t.stride[3];
     settle_strides(height, width, row_stride, pixel_stride);
-    check(height * width <= INT32_MAX, std::string(name) + ": height x width must be below 2^31, got shape " + t.shape_string());
+    PZ_CHECK(height * width <= INT32_MAX, std::string(name) + ": height x width must be below 2^31, got shape " + t.shape_string());
   }
   PZ_HD int64_t pixels() const { return height * width; }
   PZ_HD bool channels_last() const { return channel_stride == 1 || channels == 1; }
   void check_written(const char* name) const {
-    check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())),
-          std::string(name) + " must be contiguous or channels_last");
+    PZ_CHECK(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())),
+             std::string(name) + " must be contiguous or channels_last");
   }
   // The address of an image from channel c on.
   template <class T>
@@ -92,7 +92,7 @@ struct Pooled {
     return channels % line == 0 && bin_stride % line == 0 && roi_stride % line == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
   }
   void check_written(const char* name) const {
-    check(planar() || channels_last(), std::string(name) + " must be contiguous or channels_last");
+    PZ_CHECK(planar() || channels_last(), std::string(name) + " must be contiguous or channels_last");
   }
 };
 
@@ -108,7 +108,7 @@ struct Rois {
   int64_t boxes, box_stride, column_stride;
 
   explicit Rois(const Tensor& t, DeviceType device = DeviceType::cpu) {
-    check(t.ndim == 2 && t.shape[1] == 5, "boxes must have shape [K, 5], got " + t.shape_string());
+    PZ_CHECK(t.ndim == 2 && t.shape[1] == 5, "boxes must have shape [K, 5], got " + t.shape_string());
     check_device(t, "boxes", device);
     check_floating(t, "boxes");
     data = t.data, dtype = t.dtype;
@@ -129,8 +129,8 @@ struct Rois {
     std::vector<int32_t> all(count());
     for (int64_t k = 0; k < count(); ++k) {
       all[k] = image(k, count_images);
-      check(all[k] >= 0, "boxes: batch index must be in [0, " + std::to_string(count_images) + "), got " +
-                             std::to_string(at<double>(k, 0)) + " in row " + std::to_string(k));
+      PZ_CHECK(all[k] >= 0, "boxes: batch index must be in [0, " + std::to_string(count_images) + "), got " +
+                                std::to_string(at<double>(k, 0)) + " in row " + std::to_string(k));
     }
     return all;
   }

@@ -51,32 +51,31 @@ struct Tensor {
   }
 };
 
-// The checks here guard memory only; the friendly ones are in Python, once per op.
-inline void check(bool ok, const std::string& message) {
-  if (!ok) throw std::invalid_argument(message);
-}
+// The checks here guard memory only; the friendly ones are in Python, once per op. A macro, so that the message is made only where it is
+// needed: to make those of a call takes longer than some kernels.
+#define PZ_CHECK(ok, ...) ((ok) ? void() : throw std::invalid_argument(__VA_ARGS__))
 
 inline void check_tensor(const Tensor& t, const char* name, int ndim) {
-  check(t.ndim == ndim, std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got shape " + t.shape_string());
+  PZ_CHECK(t.ndim == ndim, std::string(name) + " must have " + std::to_string(ndim) + " dimensions, got shape " + t.shape_string());
 }
 
 inline void check_device(const Tensor& t, const char* name, DeviceType device) {
-  check(t.device_type == device, std::string(name) + " must be on " + (device == DeviceType::cpu ? "the CPU" : "a CUDA device"));
+  PZ_CHECK(t.device_type == device, std::string(name) + " must be on " + (device == DeviceType::cpu ? "the CPU" : "a CUDA device"));
 }
 inline void check_cpu(const Tensor& t, const char* name) { check_device(t, name, DeviceType::cpu); }
 
 inline void check_dtype(const Tensor& t, const char* name, DType dtype) {
-  check(t.dtype == dtype, std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.dtype));
+  PZ_CHECK(t.dtype == dtype, std::string(name) + " must be " + dtype_name(dtype) + ", got " + dtype_name(t.dtype));
 }
 
 inline void check_floating(const Tensor& t, const char* name) {
-  check(is_floating(t.dtype), std::string(name) + " must be float32, float64, float16 or bfloat16, got " + dtype_name(t.dtype));
+  PZ_CHECK(is_floating(t.dtype), std::string(name) + " must be float32, float64, float16 or bfloat16, got " + dtype_name(t.dtype));
 }
 
 inline void check_contiguous(const Tensor& t, const char* name) {
   int64_t stride = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
-    check(t.shape[i] == 1 || t.stride[i] == stride || t.numel() == 0, std::string(name) + " must be contiguous");
+    PZ_CHECK(t.shape[i] == 1 || t.stride[i] == stride || t.numel() == 0, std::string(name) + " must be contiguous");
     stride *= t.shape[i];
   }
 }

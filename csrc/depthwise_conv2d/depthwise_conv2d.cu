@@ -218,7 +218,7 @@ void depthwise_conv2d_fwd_cuda(const Tensor& input, const Tensor& weight, const 
   check_dtype(output, "output", from.dtype);
   if (bias) check_bias(*bias, "bias", from, kCuda);
   if (output.numel() == 0) return;
-  check(from.images * from.channels <= INT32_MAX, "input must have fewer than 2^31 planes");
+  PZ_CHECK(from.images * from.channels <= INT32_MAX, "input must have fewer than 2^31 planes");
   const Gather how = forward_gather(from, to, weight, s);
   gather_phase(output, {from, to, weight.data, bias ? bias->data : nullptr, how.kernel_height, how.kernel_width, activation, Line(how.y, 0),
                         Line(how.x, 0)});
@@ -231,7 +231,7 @@ void depthwise_conv2d_bwd_input_cuda(const Tensor& grad_output, const Tensor& we
   check_dtype(weight, "weight", from.dtype);
   check_dtype(grad_input, "grad_input", from.dtype);
   if (grad_input.numel() == 0) return;
-  check(to.images * to.channels <= INT32_MAX, "grad_input must have fewer than 2^31 planes");
+  PZ_CHECK(to.images * to.channels <= INT32_MAX, "grad_input must have fewer than 2^31 planes");
   const Gather how = gradient_gather(from, to, weight, s);
   const int kernel = int(how.kernel_height);
   const auto of = [&](const Line& y, const Line& x) {

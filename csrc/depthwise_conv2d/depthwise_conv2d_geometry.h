@@ -117,22 +117,22 @@ inline void check_sliding(const FeatureMap& input, const FeatureMap& output, con
   check_tensor(weight, weight_name, 4);
   check_device(weight, weight_name, device);
   check_contiguous(weight, weight_name);
-  check(weight.shape[0] == input.channels && output.channels == input.channels && output.images == input.images,
-        "input, weight and output must have the same channels and images");
-  check(weight.numel() > 0 || weight.shape[0] == 0, std::string(weight_name) + " must have taps, got shape " + weight.shape_string());
-  check(weight.shape[1] == 1, std::string(weight_name) + " must have shape [C, 1, KH, KW], got " + weight.shape_string());
+  PZ_CHECK(weight.shape[0] == input.channels && output.channels == input.channels && output.images == input.images,
+           "input, weight and output must have the same channels and images");
+  PZ_CHECK(weight.numel() > 0 || weight.shape[0] == 0, std::string(weight_name) + " must have taps, got shape " + weight.shape_string());
+  PZ_CHECK(weight.shape[1] == 1, std::string(weight_name) + " must have shape [C, 1, KH, KW], got " + weight.shape_string());
   for (int axis = 0; axis < 2; ++axis)
-    check(s.stride[axis] > 0 && s.dilation[axis] > 0 && s.padding[axis] >= 0, "stride, dilation and padding are out of range");
+    PZ_CHECK(s.stride[axis] > 0 && s.dilation[axis] > 0 && s.padding[axis] >= 0, "stride, dilation and padding are out of range");
   const auto planar = [](const FeatureMap& map) { return map.pixel_stride == 1; };
   const bool none = input.images == 0 || input.channels == 0;  // then strides mean nothing
-  check(none || (input.channels_last() && output.channels_last()) || (planar(input) && planar(output)),
-        "input and output must both have neighbouring channels, or both neighbouring columns");
+  PZ_CHECK(none || (input.channels_last() && output.channels_last()) || (planar(input) && planar(output)),
+           "input and output must both have neighbouring channels, or both neighbouring columns");
 }
 
 inline void check_bias(const Tensor& bias, const char* name, const FeatureMap& map, DeviceType device = DeviceType::cpu) {
   check_device(bias, name, device);
   check_dtype(bias, name, map.dtype);
-  check(bias.ndim == 1 && bias.shape[0] == map.channels, std::string(name) + " must have shape [C], got " + bias.shape_string());
+  PZ_CHECK(bias.ndim == 1 && bias.shape[0] == map.channels, std::string(name) + " must have shape [C], got " + bias.shape_string());
   check_contiguous(bias, name);
 }
 

@@ -159,7 +159,7 @@ void correlate(const FeatureMap& from, const FeatureMap& grad, const Gather& how
   const Line y(how.y, 0), x(how.x, 0);
   const Tiling t = tiling_of<How, K, kLast, A>(y, x, from.images * from.channels);
   const int64_t tiles = t.tiles_y * t.tiles_x * y.spread * x.spread * ceil_div(from.images, t.planes);
-  check(tiles <= INT32_MAX, "grad_output is too large");
+  PZ_CHECK(tiles <= INT32_MAX, "grad_output is too large");
   const int64_t blocks = ceil_div(y.taps, K) * ceil_div(x.taps, K) * (kLast ? ceil_div(from.channels, kWarp) : from.channels);
   const int parts = int(std::max<int64_t>(1, std::min(tiles, 4 * kBlocks / blocks)));
   const int sums = y.taps * x.taps + (grad_bias ? 1 : 0);

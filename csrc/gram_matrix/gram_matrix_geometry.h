@@ -27,11 +27,11 @@ struct Matrices {
   Matrices(const Tensor& t, const char* name, const FeatureMap& map, bool broadcast, DeviceType device = DeviceType::cpu) {
     check_device(t, name, device);
     check_floating(t, name);
-    check(t.ndim == 3 || (broadcast && t.ndim == 2), std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
+    PZ_CHECK(t.ndim == 3 || (broadcast && t.ndim == 2), std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
     const int at = t.ndim - 2;
     const bool shared = at == 0 || (broadcast && t.shape[0] == 1);
-    check(t.shape[at] == map.channels && t.shape[at + 1] == map.channels && (shared || t.shape[0] == map.images),
-          std::string(name) + " must have a row and a column for each channel of features, got shape " + t.shape_string());
+    PZ_CHECK(t.shape[at] == map.channels && t.shape[at + 1] == map.channels && (shared || t.shape[0] == map.images),
+             std::string(name) + " must have a row and a column for each channel of features, got shape " + t.shape_string());
     data = t.data, dtype = t.dtype;
     channels = map.channels, row_stride = t.stride[at], column_stride = t.stride[at + 1];
     image_stride = shared ? 0 : t.stride[0];
@@ -50,10 +50,10 @@ inline void check_matrices(const Tensor& t, const char* name, const FeatureMap& 
   check_tensor(t, name, 3);
   check_device(t, name, device);
   const int64_t c = map.channels;
-  check(t.shape[0] == map.images && t.shape[1] == c && t.shape[2] == c,
-        std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
-  check(t.numel() == 0 || ((c == 1 || (t.stride[2] == 1 && t.stride[1] == c)) && (map.images == 1 || t.stride[0] == c * c)),
-        std::string(name) + " must be contiguous");
+  PZ_CHECK(t.shape[0] == map.images && t.shape[1] == c && t.shape[2] == c,
+           std::string(name) + " must have shape [N, C, C], got " + t.shape_string());
+  PZ_CHECK(t.numel() == 0 || ((c == 1 || (t.stride[2] == 1 && t.stride[1] == c)) && (map.images == 1 || t.stride[0] == c * c)),
+           std::string(name) + " must be contiguous");
 }
 
 // Checks what gram_matrix_bwd is called with.
@@ -66,11 +66,11 @@ struct GramBackward {
         grad(with_rows(grad_features), "grad_features", device),
         matrices(grad_gram, "grad_gram", map, false, device) {
     grad.check_written("grad_features");
-    check((grad_gram.dtype == DType::f64) == (features.dtype == DType::f64),
-          "grad_gram must be float64 where features are, and only there");
+    PZ_CHECK((grad_gram.dtype == DType::f64) == (features.dtype == DType::f64),
+             "grad_gram must be float64 where features are, and only there");
     check_dtype(grad_features, "grad_features", features.dtype);
-    check(features.ndim == grad_features.ndim && std::equal(features.shape, features.shape + features.ndim, grad_features.shape),
-          "grad_features must have the shape of features, got " + grad_features.shape_string());
+    PZ_CHECK(features.ndim == grad_features.ndim && std::equal(features.shape, features.shape + features.ndim, grad_features.shape),
+             "grad_features must have the shape of features, got " + grad_features.shape_string());
   }
 };
 
@@ -86,7 +86,7 @@ struct GramLoss {
     check_dtype(difference, "difference", sums);
     check_dtype(loss, "loss", sums);
     check_device(loss, "loss", device);
-    check(loss.numel() == 1, "loss must be one number, got shape " + loss.shape_string());
+    PZ_CHECK(loss.numel() == 1, "loss must be one number, got shape " + loss.shape_string());
   }
 };
 

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kTileThreads)
   });
 }
 
-void check_height(const FeatureMap& map) { check(map.height <= 1 << 30, "a map must have at most 2^30 rows"); }
+void check_height(const FeatureMap& map) { PZ_CHECK(map.height <= 1 << 30, "a map must have at most 2^30 rows"); }
 
 void multiply_map(const FeatureMap& source, const Tensor& weight, const Tensor* bias, const FeatureMap& result, const MaskedTaps& taps,
                   bool forward) {

@@ -23,15 +23,15 @@ struct MaskedTaps {
     check_tensor(weight, name, 4);
     out_channels = weight.shape[0], in_channels = weight.shape[1] * groups;
     height = weight.shape[2], width = weight.shape[3];
-    check(height % 2 == 1 && width % 2 == 1, std::string(name) + " must have odd height and width, got shape " + weight.shape_string());
-    check(groups > 0 && out_channels % groups == 0, "groups must divide the output channels");
-    check(dilation_y > 0 && dilation_x > 0, "dilation must be positive");
-    check(colors > 0 && gates > 0 && in_channels % colors == 0 && out_channels % (colors * gates) == 0,
-          "colors must divide the input channels, colors x gates the output channels");
+    PZ_CHECK(height % 2 == 1 && width % 2 == 1, std::string(name) + " must have odd height and width, got shape " + weight.shape_string());
+    PZ_CHECK(groups > 0 && out_channels % groups == 0, "groups must divide the output channels");
+    PZ_CHECK(dilation_y > 0 && dilation_x > 0, "dilation must be positive");
+    PZ_CHECK(colors > 0 && gates > 0 && in_channels % colors == 0 && out_channels % (colors * gates) == 0,
+             "colors must divide the input channels, colors x gates the output channels");
     const bool vertical = mask.name.rfind("vertical", 0) == 0, horizontal = mask.name.rfind("horizontal", 0) == 0;
     const char kind = vertical || horizontal ? mask.name.back() : mask.name == "A" ? 'a' : mask.name == "B" ? 'b' : '?';
-    check(kind == 'a' || kind == 'b', "mask is unknown: " + mask.name);
-    check(!vertical || colors == 1, "a vertical mask has no order of colors");
+    PZ_CHECK(kind == 'a' || kind == 'b', "mask is unknown: " + mask.name);
+    PZ_CHECK(!vertical || colors == 1, "a vertical mask has no order of colors");
     strict = kind == 'a';
     const int64_t row = height / 2 * width;  // of the centre
     first = horizontal ? row : 0;
@@ -65,10 +65,10 @@ struct Reach {
 };
 
 inline void check_maps(const FeatureMap& input, const FeatureMap& output, const MaskedTaps& taps) {
-  check(input.images == output.images && input.height == output.height && input.width == output.width &&
-            input.channels == taps.in_channels && output.channels == taps.out_channels,
-        "the shapes of input, weight and output do not fit");
-  check(input.dtype == output.dtype, "input and output must have one dtype");
+  PZ_CHECK(input.images == output.images && input.height == output.height && input.width == output.width &&
+               input.channels == taps.in_channels && output.channels == taps.out_channels,
+           "the shapes of input, weight and output do not fit");
+  PZ_CHECK(input.dtype == output.dtype, "input and output must have one dtype");
 }
 
 inline void check_weights(const Tensor& weight, const char* name, const Tensor* bias, const FeatureMap& map, const MaskedTaps& taps,
@@ -80,7 +80,7 @@ inline void check_weights(const Tensor& weight, const char* name, const Tensor* 
   check_contiguous(*bias, "bias");
   check_device(*bias, "bias", device);
   check_dtype(*bias, "bias", map.dtype);
-  check(bias->ndim == 1 && bias->shape[0] == taps.out_channels, "bias must have shape [OC], got " + bias->shape_string());
+  PZ_CHECK(bias->ndim == 1 && bias->shape[0] == taps.out_channels, "bias must have shape [OC], got " + bias->shape_string());
 }
 
 }  // namespace pyzoo

@@ -77,26 +77,35 @@ struct Keyed {
   bool operator<(const Keyed& other) const { return key != other.key ? key < other.key : index < other.index; }
 };
 
-// Sorts by key, equal keys by index; the indices must come ascending.
+// Sorts by key, equal keys by index; the indices must come ascending. By the leading of the bits that vary first, which leaves little to
+// sort behind them.
 template <class K>
 void sort_keys(Keyed<K>* items, int64_t n) {
   if (n < 128) return std::sort(items, items + n);
   K varying = 0;
   for (int64_t i = 0; i < n; ++i) varying |= items[i].key ^ items[0].key;
-  const int bits = n < 4096 ? 8 : 11, rounds = (int(8 * sizeof(K)) + bits - 1) / bits;
+  if (!varying) return;
+  const int bits = n < 512 ? 8 : n < 4096 ? 10 : 11, rounds = n < 4096 ? 2 : 3;
+  const int lowest = __builtin_ctzll(varying), first = std::max(lowest, 64 - __builtin_clzll(varying) - rounds * bits);
   const uint32_t buckets = 1u << bits;
   const Array<Keyed<K>> spare = allocate<Keyed<K>>(n);
   Keyed<K>*from = items, *to = spare.get();
   std::vector<uint32_t> begins(size_t(rounds) * buckets);  // of all rounds, counted in one walk
   for (int64_t i = 0; i < n; ++i)
-    for (int round = 0; round < rounds; ++round) ++begins[round * buckets + (items[i].key >> round * bits & (buckets - 1))];
+    for (int round = 0; round < rounds; ++round) ++begins[round * buckets + (items[i].key >> first >> round * bits & (buckets - 1))];
   for (int round = 0; round < rounds; ++round) {
-    const int shift = round * bits;
-    if (!(varying >> shift & (buckets - 1))) continue;
+    const int shift = first + round * bits;
+    if (shift >= int(8 * sizeof(K)) || !(varying >> shift & (buckets - 1))) continue;
     uint32_t *begin = begins.data() + round * buckets, sum = 0;
     for (uint32_t b = 0; b < buckets; ++b) sum += std::exchange(begin[b], sum);
     for (int64_t i = 0; i < n; ++i) to[begin[from[i].key >> shift & (buckets - 1)]++] = from[i];
     std::swap(from, to);
+  }
+  if (first > lowest) {
+    for (int64_t i = 0, end; i < n; i = end) {
+      for (end = i + 1; end < n && !((from[i].key ^ from[end].key) >> first);) ++end;
+      if (end > i + 1 && !std::is_sorted(from + i, from + end)) std::sort(from + i, from + end);
+    }
   }
   if (from != items) std::copy(from, from + n, items);
 }
@@ -121,8 +130,7 @@ class Nms {
     order_ = allocate<uint32_t>(total);
     sorted_ = allocate<Box<T>>(total);
     kept_ = allocate<uint8_t>(total);
-    const bool grouped = idxs_ && !shift_;
-    if (grouped) rank_ = allocate<uint32_t>(total);
+    if (idxs_) rank_ = allocate<uint32_t>(total);
 
     std::vector<std::vector<Group>> groups(batch_);
     parallel_for(batch_, total * 10.0, [&](int64_t b) {
@@ -131,7 +139,7 @@ class Nms {
       } else {
         sort_scores<float>(b);
       }
-      groups[b] = grouped ? group(b) : std::vector<Group>{{b * n_, (b + 1) * n_}};
+      groups[b] = idxs_ ? group(b) : std::vector<Group>{{b * n_, (b + 1) * n_}};
     });
     constexpr int64_t kPiece = 2048;
     const int64_t pieces = (n_ + kPiece - 1) / kPiece;
@@ -139,7 +147,7 @@ class Nms {
       const int64_t begin = i % pieces * kPiece;
       gather(i / pieces, begin, std::min(n_, begin + kPiece));
     });
-    if (shift_) parallel_for(batch_, total * 1.0, [&](int64_t b) { shift(b); });
+    if (shift_) parallel_for(batch_, total * 1.0, [&](int64_t b) { shift(b, groups[b]); });
     solve(groups);
 
     std::vector<int64_t> counts(batch_);
@@ -190,7 +198,7 @@ class Nms {
       return groups;
     }
     const Array<Keyed<uint64_t>> items = allocate<Keyed<uint64_t>>(n_);
-    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order[i] * stride]), uint32_t(i)};
+    for (int64_t i = 0; i < n_; ++i) items[i] = {uint64_t(idxs[order[i] * stride]) ^ uint64_t(1) << 63, uint32_t(i)};
     sort_keys(items.get(), n_);
     for (int64_t i = 0; i < n_; ++i) {
       rank[i] = items[i].index;
@@ -213,8 +221,17 @@ class Nms {
     });
   }
 
-  // What torchvision does to separate classes, rounding included.
-  void shift(int64_t b) {
+  // What torchvision does to separate classes, rounding included. Where that leaves two of them in touch, they become one group.
+  void shift(int64_t b, std::vector<Group>& groups) {
+    move_classes(b);
+    if (threshold_ >= 0 && are_apart(groups)) return;
+    groups = {{b * n_, (b + 1) * n_}};
+    for (int64_t i = 0; i < n_; ++i) rank_[b * n_ + i] = uint32_t(i);
+    gather(b, 0, n_);
+    move_classes(b);
+  }
+
+  void move_classes(int64_t b) {
     Box<T>* boxes = sorted_.get() + b * n_;
     const auto raise = [](T& largest, T x) {
       if (x > largest || x != x) largest = x;  // NaN stays
@@ -226,14 +243,31 @@ class Nms {
     for (T x : {most.x1, most.y1, most.x2, most.y2}) raise(largest, x);
     const int64_t* idxs = idxs_->ptr<int64_t>() + offset(*idxs_, b);
     for (int64_t i = 0; i < n_; ++i) {
-      const T by = T(idxs[order_[b * n_ + i] * idxs_->stride[dim_]]) * (largest + T(1));
+      const T by = T(idxs[order_[b * n_ + rank_[b * n_ + i]] * idxs_->stride[dim_]]) * (largest + T(1));
       boxes[i] = {boxes[i].x1 + by, boxes[i].y1 + by, boxes[i].x2 + by, boxes[i].y2 + by};
     }
   }
 
+  // Whether no box reaches, from left to right, into the boxes of the groups before its own: their intersection is 0 then.
+  bool are_apart(const std::vector<Group>& groups) const {
+    T reached = -std::numeric_limits<T>::infinity();
+    for (const Group& g : groups) {
+      T most = reached;
+      for (int64_t i = g.begin; i < g.end; ++i) {
+        const Box<T>& box = sorted_[i];
+        if (!(box.x1 >= reached && box.x2 >= reached)) return false;  // NaN is not, either
+        most = std::max(most, std::max(box.x1, box.x2));
+      }
+      reached = most;
+    }
+    return true;
+  }
+
   // Groups are independent. One with more than a thread's share of the boxes is solved by all threads, the others side by side.
   void solve(const std::vector<std::vector<Group>>& groups_of_entries) {
-    const int64_t total = batch_ * n_, threads = max_threads(), span = total / (8 * threads) + 1;
+    const int64_t total = batch_ * n_, threads = max_threads();
+    const double work = total * 20.0;
+    const int64_t span = work > kWorthAThread ? total / (8 * threads) + 1 : total;
     std::vector<std::pair<Group, int64_t>> tasks;  // with the number of boxes to keep
     std::vector<size_t> spans = {0};               // the first task of each
     WalkMemory<T> memory;
@@ -250,7 +284,7 @@ class Nms {
       }
     }
     if (spans.back() != tasks.size()) spans.push_back(tasks.size());
-    parallel_for(spans.size() - 1, tasks.empty() ? 0 : total * 20.0, [&](int64_t i) {
+    parallel_for(spans.size() - 1, work, [&](int64_t i) {
       WalkMemory<T> memory;
       for (size_t k = spans[i]; k < spans[i + 1]; ++k) solve_group(tasks[k].first, tasks[k].second, memory);
     });

@@ -54,15 +54,16 @@ PZ_HD inline uint64_t descending_key(double score) {
 inline void check_shape(const Tensor& t, const char* name, const Tensor& boxes, const char* form) {
   bool ok = t.ndim == boxes.ndim - 1;
   for (int i = 0; ok && i < t.ndim; ++i) ok = t.shape[i] == boxes.shape[i];
-  check(ok, std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " + t.shape_string());
+  PZ_CHECK(ok,
+           std::string(name) + " must have shape " + form + " for boxes of shape " + boxes.shape_string() + ", got " + t.shape_string());
 }
 
 inline void check_nms(const Tensor& boxes, const Tensor& scores, const Tensor* idxs, const Tensor& keep, DeviceType device) {
-  check((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4,
-        "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
+  PZ_CHECK((boxes.ndim == 2 || boxes.ndim == 3) && boxes.shape[boxes.ndim - 1] == 4,
+           "boxes must have shape [N, 4] or [B, N, 4], got " + boxes.shape_string());
   check_device(boxes, "boxes", device), check_floating(boxes, "boxes");
-  check(boxes.numel() <= std::numeric_limits<int32_t>::max(),  // box indices have 32 bits here
-        "boxes must have fewer than 2^31 elements, got shape " + boxes.shape_string());
+  PZ_CHECK(boxes.numel() <= std::numeric_limits<int32_t>::max(),  // box indices have 32 bits here
+           "boxes must have fewer than 2^31 elements, got shape " + boxes.shape_string());
   const char* form = boxes.ndim == 2 ? "[N]" : "[B, N]";
   check_shape(scores, "scores", boxes, form);
   check_device(scores, "scores", device), check_floating(scores, "scores");
@@ -71,9 +72,9 @@ inline void check_nms(const Tensor& boxes, const Tensor& scores, const Tensor* i
     check_device(*idxs, "idxs", device);
     if (device == DeviceType::cpu || !is_floating(idxs->dtype)) check_dtype(*idxs, "idxs", DType::i64);
   }
-  check(keep.ndim == boxes.ndim - 1 && (keep.ndim == 1 || keep.shape[0] == boxes.shape[0]),
-        std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " + boxes.shape_string() +
-            ", got " + keep.shape_string());
+  PZ_CHECK(keep.ndim == boxes.ndim - 1 && (keep.ndim == 1 || keep.shape[0] == boxes.shape[0]),
+           std::string("keep must have shape ") + (boxes.ndim == 2 ? "[M]" : "[B, M]") + " for boxes of shape " + boxes.shape_string() +
+               ", got " + keep.shape_string());
   check_device(keep, "keep", device), check_dtype(keep, "keep", DType::i64);
 }
 

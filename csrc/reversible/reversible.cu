@@ -77,8 +77,8 @@ void reversible_inv_cuda(const Tensor& y, const Tensor& update, const Tensor& x)
 
 void reversible_bwd_cuda(const Tensor& y, const Tensor& update, const Tensor& x, const Tensor& grad_y, const Tensor& grad_update,
                          const Tensor& grad_x) {
-  check(y.numel() == grad_y.numel() && update.dtype == grad_update.dtype && y.dtype == grad_y.dtype,
-        "grad_y and grad_update must be like y and update");
+  PZ_CHECK(y.numel() == grad_y.numel() && update.dtype == grad_update.dtype && y.dtype == grad_y.dtype,
+           "grad_y and grad_update must be like y and update");
   run(x, {coupling_of(y, "y", update, "update", x, "x", true, kCuda),
           coupling_of(grad_y, "grad_y", grad_update, "grad_update", grad_x, "grad_x", false, kCuda), 2});
 }

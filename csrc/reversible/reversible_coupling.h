@@ -49,19 +49,19 @@ struct Coupling {
 
 inline Coupling coupling_of(const Tensor& base, const char* base_name, const Tensor& update, const char* update_name, const Tensor& out,
                             const char* out_name, bool minus, DeviceType device = DeviceType::cpu) {
-  check(base.dtype == DType::f32 || base.dtype == DType::f64,
-        std::string(base_name) + " must be float32 or float64, got " + dtype_name(base.dtype));
-  check(update.dtype == base.dtype || (base.dtype == DType::f32 && is_floating(update.dtype) && update.dtype != DType::f64),
-        std::string(update_name) + " must be " + dtype_name(base.dtype) + (base.dtype == DType::f32 ? " or narrower" : "") + ", got " +
-            dtype_name(update.dtype));
+  PZ_CHECK(base.dtype == DType::f32 || base.dtype == DType::f64,
+           std::string(base_name) + " must be float32 or float64, got " + dtype_name(base.dtype));
+  PZ_CHECK(update.dtype == base.dtype || (base.dtype == DType::f32 && is_floating(update.dtype) && update.dtype != DType::f64),
+           std::string(update_name) + " must be " + dtype_name(base.dtype) + (base.dtype == DType::f32 ? " or narrower" : "") + ", got " +
+               dtype_name(update.dtype));
   check_dtype(out, out_name, base.dtype);
   const auto check_shape = [&](const Tensor& t, const char* name) {
     check_device(t, name, device);
-    check(t.ndim == base.ndim && std::equal(t.shape, t.shape + t.ndim, base.shape),
-          std::string(name) + " must have shape " + base.shape_string() + ", got " + t.shape_string());
+    PZ_CHECK(t.ndim == base.ndim && std::equal(t.shape, t.shape + t.ndim, base.shape),
+             std::string(name) + " must have shape " + base.shape_string() + ", got " + t.shape_string());
   };
   check_shape(base, base_name), check_shape(update, update_name), check_shape(out, out_name);
-  for (int d = 0; d < out.ndim; ++d) check(out.shape[d] < 2 || out.stride[d] != 0, std::string(out_name) + " must not be expanded");
+  for (int d = 0; d < out.ndim; ++d) PZ_CHECK(out.shape[d] < 2 || out.stride[d] != 0, std::string(out_name) + " must not be expanded");
   if (device == DeviceType::cpu && out.data != base.data) prefer_huge_pages(out.data, out.numel() * dtype_size(out.dtype));
   return Coupling(base, update, out, minus);
 }

@@ -83,7 +83,7 @@ void reversible_inv_cpu(const Tensor& y, const Tensor& update, const Tensor& x) 
 
 void reversible_bwd_cpu(const Tensor& y, const Tensor& update, const Tensor& x, const Tensor& grad_y, const Tensor& grad_update,
                         const Tensor& grad_x) {
-  check(y.numel() == grad_y.numel(), "grad_y must have shape " + y.shape_string() + ", got " + grad_y.shape_string());
+  PZ_CHECK(y.numel() == grad_y.numel(), "grad_y must have shape " + y.shape_string() + ", got " + grad_y.shape_string());
   run({coupling_of(y, "y", update, "update", x, "x", true),
        coupling_of(grad_y, "grad_y", grad_update, "grad_update", grad_x, "grad_x", false)});
 }

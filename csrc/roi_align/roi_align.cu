@@ -271,14 +271,14 @@ __global__ void __launch_bounds__(kRoiThreads, sizeof(acc_t<T>) == 8 ? 1 : 2)
 
 std::vector<FeatureMap> feature_maps(const std::vector<Tensor>& tensors, const char* name, DType dtype, int64_t channels,
                                      const std::vector<double>& scales) {
-  check(!tensors.empty(), std::string(name) + ": at least one feature map is needed");
-  check(scales.size() == tensors.size(), "one spatial scale is needed for each feature map");
+  PZ_CHECK(!tensors.empty(), std::string(name) + ": at least one feature map is needed");
+  PZ_CHECK(scales.size() == tensors.size(), "one spatial scale is needed for each feature map");
   std::vector<FeatureMap> maps;
   for (const Tensor& t : tensors) {
     maps.emplace_back(t, name, kCuda);
-    check(maps.back().dtype == dtype, std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
-    check(maps.back().images == maps.front().images && maps.back().channels == channels,
-          std::string(name) + ": all feature maps must have the same batch size and channels");
+    PZ_CHECK(maps.back().dtype == dtype, std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
+    PZ_CHECK(maps.back().images == maps.front().images && maps.back().channels == channels,
+             std::string(name) + ": all feature maps must have the same batch size and channels");
   }
   return maps;
 }
@@ -293,7 +293,7 @@ void for_levels(const Tensor& like, const std::vector<FeatureMap>& maps, const s
   const TapRoom room(sampling.ratio);
   const int64_t count = rois.count(), bins = sampling.bins_y + sampling.bins_x, room_y = room.all(sampling.bins_y, height);
   TapTable<A> table{nullptr, nullptr, nullptr, count, room_y, room_y + room.all(sampling.bins_x, width), sampling.bins_y, sampling.bins_x};
-  check(table.room <= INT32_MAX, "roi_align: too many bins or pixels");
+  PZ_CHECK(table.room <= INT32_MAX, "roi_align: too many bins or pixels");
   const auto taps = like.scratch<Tap<A>>(count * table.room);
   const auto ranges = like.scratch<TapRange>(count * bins);
   const auto numbers = like.scratch<int32_t>(count * (2 + Reaches::kRows));
@@ -321,7 +321,7 @@ void roi_align_fwd_cuda(const std::vector<Tensor>& inputs, const Tensor& rois, c
   pooled.check_written("output");
   std::vector<FeatureMap> maps = feature_maps(inputs, "input", pooled.dtype, pooled.channels, scales);
   const Rois boxes(rois, kCuda);
-  check(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
+  PZ_CHECK(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
   if (output.numel() == 0) return;
   dispatch_floating(output.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -347,7 +347,7 @@ void roi_align_bwd_cuda(const Tensor& grad_output, const Tensor& rois, const std
   const std::vector<FeatureMap> maps = feature_maps(grad_inputs, "grad_input", grad[0].dtype, grad[0].channels, scales);
   for (const FeatureMap& map : maps) map.check_written("grad_input");
   const Rois boxes(rois, kCuda);
-  check(boxes.count() == grad[0].images, "boxes and the pooled tensor must have the same number of rows");
+  PZ_CHECK(boxes.count() == grad[0].images, "boxes and the pooled tensor must have the same number of rows");
   if (maps[0].channels == 0) return;
   const Tensor& like = grad_inputs[0];
   dispatch_floating(like.dtype, [&](auto zero) {

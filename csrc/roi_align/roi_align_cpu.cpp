@@ -16,16 +16,16 @@ namespace pyzoo {
 namespace {
 
 std::vector<FeatureMap> feature_maps(const std::vector<Tensor>& tensors, const char* name, const Pooled& pooled, size_t scales) {
-  check(!tensors.empty(), std::string(name) + ": at least one feature map is needed");
-  check(scales == tensors.size(), "one spatial scale is needed for each feature map");
+  PZ_CHECK(!tensors.empty(), std::string(name) + ": at least one feature map is needed");
+  PZ_CHECK(scales == tensors.size(), "one spatial scale is needed for each feature map");
   std::vector<FeatureMap> maps;
   for (const Tensor& t : tensors) {
     maps.emplace_back(t, name);
     const FeatureMap &map = maps.back(), &first = maps.front();
-    check(map.dtype == first.dtype && map.dtype == pooled.dtype,
-          std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
-    check(map.images == first.images && map.channels == pooled.channels,
-          std::string(name) + ": all feature maps must have the same batch size and channels");
+    PZ_CHECK(map.dtype == first.dtype && map.dtype == pooled.dtype,
+             std::string(name) + ": all feature maps and the pooled tensor must share a dtype");
+    PZ_CHECK(map.images == first.images && map.channels == pooled.channels,
+             std::string(name) + ": all feature maps must have the same batch size and channels");
   }
   return maps;
 }
@@ -33,7 +33,7 @@ std::vector<FeatureMap> feature_maps(const std::vector<Tensor>& tensors, const c
 template <class A>
 RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps, const Pooled& pooled, const std::vector<double>& scales,
                           int sampling_ratio, bool aligned, const std::optional<LevelMap>& level_map, bool adjoint) {
-  check(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
+  PZ_CHECK(boxes.count() == pooled.rois, "boxes and the pooled tensor must have the same number of rows");
   RoiAlignTaps<A> table;
   const RoiSampling sampling{int(pooled.height), int(pooled.width), sampling_ratio, aligned};
   const RoiAlignOptions options{scales, sampling, level_map.value_or(LevelMap{}), level_map ? int(maps.size()) : 1, adjoint};

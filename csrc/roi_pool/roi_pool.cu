@@ -206,14 +206,14 @@ void check_positions(const Tensor& t, const Pooled& pooled) {
   check_device(t, "positions", kCuda);
   check_dtype(t, "positions", DType::i32);
   check_contiguous(t, "positions");
-  check(t.shape[0] == pooled.rois && t.shape[1] == pooled.bins() && t.shape[2] == pooled.channels,
-        "positions must have shape [K, PH * PW, C], got " + t.shape_string());
+  PZ_CHECK(t.shape[0] == pooled.rois && t.shape[1] == pooled.bins() && t.shape[2] == pooled.channels,
+           "positions must have shape [K, PH * PW, C], got " + t.shape_string());
 }
 
 Boxes all_boxes(const Tensor& rois, const FeatureMap& map, double scale, const Pooled& pooled) {
   const Rois boxes(rois, kCuda);
-  check(pooled.rois == boxes.count() && pooled.channels == map.channels && pooled.dtype == map.dtype,
-        "the pooled tensor must have shape [K, C, PH, PW] and the dtype of the features");
+  PZ_CHECK(pooled.rois == boxes.count() && pooled.channels == map.channels && pooled.dtype == map.dtype,
+           "the pooled tensor must have shape [K, C, PH, PW] and the dtype of the features");
   return {boxes, scale, int(pooled.height), int(pooled.width), boxes.dtype == DType::f64 || map.dtype == DType::f64};
 }
 
@@ -236,13 +236,13 @@ bool roi_pool_fwd_cuda(const Tensor& input, const Tensor& rois, const Tensor& ou
   const Pooled pooled(output, "output", kCuda);
   pooled.check_written("output");
   const Boxes boxes = all_boxes(rois, map, spatial_scale, pooled);
-  check(!argmax || !positions, "argmax and positions exclude each other");
+  PZ_CHECK(!argmax || !positions, "argmax and positions exclude each other");
   Pooled index = pooled;
   index.data = nullptr;
   if (argmax) {
     check_dtype(*argmax, "argmax", DType::i32);
     index = Pooled(*argmax, "argmax", kCuda);
-    check(std::equal(output.shape, output.shape + 4, argmax->shape), "argmax must have the shape of output");
+    PZ_CHECK(std::equal(output.shape, output.shape + 4, argmax->shape), "argmax must have the shape of output");
   }
   if (positions) check_positions(*positions, pooled), index = index_of(positions->ptr<int32_t>(), pooled);
   if (output.numel() == 0) return true;
@@ -252,7 +252,7 @@ bool roi_pool_fwd_cuda(const Tensor& input, const Tensor& rois, const Tensor& ou
 
 void roi_pool_bwd_cuda(const Tensor& grad_output, const Tensor* input, const Tensor& rois, const Tensor& grad_input,
                        const Tensor* positions, double spatial_scale) {
-  check(input || positions, "input or positions must be given");
+  PZ_CHECK(input || positions, "input or positions must be given");
   const FeatureMap map(grad_input, "grad_input", kCuda);
   std::vector<FeatureMap> grad{FeatureMap(grad_output, "grad_output", kCuda)};
   map.check_written("grad_input");
@@ -260,8 +260,8 @@ void roi_pool_bwd_cuda(const Tensor& grad_output, const Tensor* input, const Ten
   const Boxes boxes = all_boxes(rois, map, spatial_scale, pooled);
   pooled.data = nullptr;
   if (positions) check_positions(*positions, pooled);
-  check(!input || (input->dtype == grad_input.dtype && std::equal(input->shape, input->shape + 4, grad_input.shape)),
-        "grad_input must have the shape and dtype of input, got " + grad_input.shape_string());
+  PZ_CHECK(!input || (input->dtype == grad_input.dtype && std::equal(input->shape, input->shape + 4, grad_input.shape)),
+           "grad_input must have the shape and dtype of input, got " + grad_input.shape_string());
   if (grad_input.numel() == 0) return;
   dispatch_floating(map.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -162,9 +162,9 @@ void check_positions(const Tensor& t, const Pooled& pooled) {
   check_tensor(t, "positions", 3);
   check_dtype(t, "positions", DType::u8);
   const int64_t bins = pooled.bins(), channels = pooled.channels;
-  check(t.shape[0] == pooled.rois && t.shape[1] == bins && t.shape[2] == channels &&
-            (t.numel() == 0 || (t.stride[2] == 1 && t.stride[1] == channels && t.stride[0] == bins * channels)),
-        "positions must be contiguous [K, PH * PW, C], got " + t.shape_string());
+  PZ_CHECK(t.shape[0] == pooled.rois && t.shape[1] == bins && t.shape[2] == channels &&
+               (t.numel() == 0 || (t.stride[2] == 1 && t.stride[1] == channels && t.stride[0] == bins * channels)),
+           "positions must be contiguous [K, PH * PW, C], got " + t.shape_string());
 }
 
 // Calls f with zeros of the features' type and of the geometry's: double as soon as the boxes or the features are.
@@ -188,16 +188,16 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
   pooled.check_written("output");
   const Rois boxes(rois);
   check_dtype(output, "output", input.dtype);
-  check(pooled.rois == boxes.count() && pooled.channels == map.channels,
-        "output must have shape [K, C, PH, PW], got " + output.shape_string());
+  PZ_CHECK(pooled.rois == boxes.count() && pooled.channels == map.channels,
+           "output must have shape [K, C, PH, PW], got " + output.shape_string());
   std::unique_ptr<Pooled> indices;
   if (argmax) {
     check_dtype(*argmax, "argmax", DType::i32);
     indices = std::make_unique<Pooled>(*argmax, "argmax");
-    check(std::equal(output.shape, output.shape + 4, argmax->shape) && std::equal(output.stride, output.stride + 4, argmax->stride),
-          "argmax must have the shape and layout of output");
+    PZ_CHECK(std::equal(output.shape, output.shape + 4, argmax->shape) && std::equal(output.stride, output.stride + 4, argmax->stride),
+             "argmax must have the shape and layout of output");
   }
-  check(!argmax || !positions, "argmax and positions exclude each other");
+  PZ_CHECK(!argmax || !positions, "argmax and positions exclude each other");
   if (positions) check_positions(*positions, pooled);
   const std::vector<int32_t> image = boxes.images(map.images);
   if (output.numel() == 0) return true;
@@ -217,24 +217,24 @@ bool roi_pool_fwd_cpu(const Tensor& input, const Tensor& rois, const Tensor& out
 
 void roi_pool_bwd_cpu(const Tensor& grad_output, const Tensor* input, const Tensor& rois, const Tensor& grad_input, const Tensor* positions,
                       double spatial_scale) {
-  check(input || positions, "input or positions must be given");
+  PZ_CHECK(input || positions, "input or positions must be given");
   const FeatureMap grad_map(grad_input, "grad_input"), map = input ? FeatureMap(*input, "input") : grad_map;
   const Pooled grad(grad_output, "grad_output");
   const Rois boxes(rois);
   grad_map.check_written("grad_input");
   check_dtype(grad_output, "grad_output", map.dtype);
   check_dtype(grad_input, "grad_input", map.dtype);
-  check(!input || std::equal(input->shape, input->shape + 4, grad_input.shape),
-        "grad_input must have the shape of input, got " + grad_input.shape_string());
-  check(grad.rois == boxes.count() && grad.channels == map.channels,
-        "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
+  PZ_CHECK(!input || std::equal(input->shape, input->shape + 4, grad_input.shape),
+           "grad_input must have the shape of input, got " + grad_input.shape_string());
+  PZ_CHECK(grad.rois == boxes.count() && grad.channels == map.channels,
+           "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
   if (positions) check_positions(*positions, grad);
   const std::vector<int32_t> image = boxes.images(map.images);
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch(map.dtype, rois.dtype, [&](auto zero, auto g) {
     const BinTable table(g, boxes, image, spatial_scale, grad, map);
     const uint8_t* stored = positions ? positions->ptr<uint8_t>() : nullptr;
-    check(!stored || table.largest_bin <= kMostPositions, "positions: a bin has too many pixels for them");
+    PZ_CHECK(!stored || table.largest_bin <= kMostPositions, "positions: a bin has too many pixels for them");
     PZ_FOR_ISA_OF(decltype(zero), template roi_pool_bwd<decltype(zero)>)(std::vector<FeatureMap>{map}, table, image, grad,
                                                                          std::vector<FeatureMap>{grad_map}, stored);
   });
@@ -247,10 +247,10 @@ void roi_pool_bwd_argmax_cpu(const Tensor& grad_output, const Tensor& rois, cons
   map.check_written("grad_input");
   check_dtype(grad_output, "grad_output", grad_input.dtype);
   check_dtype(argmax, "argmax", DType::i32);
-  check(grad.rois == boxes.count() && grad.channels == map.channels,
-        "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
-  check(std::equal(grad_output.shape, grad_output.shape + 4, argmax.shape),
-        "argmax must have the shape of grad_output, got " + argmax.shape_string());
+  PZ_CHECK(grad.rois == boxes.count() && grad.channels == map.channels,
+           "grad_output must have shape [K, C, PH, PW], got " + grad_output.shape_string());
+  PZ_CHECK(std::equal(grad_output.shape, grad_output.shape + 4, argmax.shape),
+           "argmax must have the shape of grad_output, got " + argmax.shape_string());
   const BoxOrder order(boxes.images(map.images), map.images, [](int64_t) { return std::pair{0, 0}; });
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch_floating(grad_input.dtype, [&](auto zero) {

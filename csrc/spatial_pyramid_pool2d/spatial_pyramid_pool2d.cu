@@ -247,16 +247,16 @@ void spatial_pyramid_pool2d_fwd_cuda(const Tensor& input, const std::vector<int6
     p.wide |= is_wide(level.height, map.height) || is_wide(level.width, map.width);
     sorted.push_back(level);
   }
-  check(p.bins <= INT32_MAX, "on a GPU there may be at most 2^31 - 1 bins");
+  PZ_CHECK(p.bins <= INT32_MAX, "on a GPU there may be at most 2^31 - 1 bins");
   check_features(output, "output", map, p.bins, kCuda);
   check_dtype(output, "output", input.dtype);
-  check(!average || !argmax, "a mean has no argmax");
+  PZ_CHECK(!average || !argmax, "a mean has no argmax");
   if (argmax) {
     check_features(*argmax, "argmax", map, p.bins, kCuda);
     check_dtype(*argmax, "argmax", DType::i32);
   }
   if (output.numel() == 0) return;
-  check(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
+  PZ_CHECK(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
 
   const auto flush = [&] {
     if (p.levels == 0) return;
@@ -398,7 +398,7 @@ void spatial_pyramid_pool2d_bwd_cuda(const Tensor& grad_output, const Tensor* ar
   const FeatureMap map(grad_input, "grad_input", kCuda);
   map.check_written("grad_input");
   check_levels(levels);
-  check(levels.size() <= 2 * kMostLevels, "on a GPU there may be at most " + std::to_string(kMostLevels) + " levels");
+  PZ_CHECK(levels.size() <= 2 * kMostLevels, "on a GPU there may be at most " + std::to_string(kMostLevels) + " levels");
   Unpooling p{map};
   p.last = map.channel_stride == 1 && map.channels > 1;
   p.wide = false, p.bins = 0;

@@ -194,13 +194,13 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
   const Pyramid pyramid(levels, map.height, map.width);
   check_features(output, "output", map, pyramid.bins);
   check_dtype(output, "output", input.dtype);
-  check(!average || !argmax, "a mean has no argmax");
+  PZ_CHECK(!average || !argmax, "a mean has no argmax");
   if (argmax) {
     check_features(*argmax, "argmax", map, pyramid.bins);
     check_dtype(*argmax, "argmax", DType::i32);
   }
   if (output.numel() == 0) return;
-  check(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
+  PZ_CHECK(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
   const Plan plan(pyramid, map, average);
   const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;

@@ -26,16 +26,16 @@ inline bool is_union(int64_t height, int64_t width, int64_t finer_height, int64_
 }
 
 inline void check_levels(const std::vector<int64_t>& sizes) {
-  check(!sizes.empty() && sizes.size() % 2 == 0, "levels must be pairs of height and width");
-  for (const int64_t size : sizes) check(size >= 1 && size <= INT32_MAX, "levels must be positive and below 2^31");
+  PZ_CHECK(!sizes.empty() && sizes.size() % 2 == 0, "levels must be pairs of height and width");
+  for (const int64_t size : sizes) PZ_CHECK(size >= 1 && size <= INT32_MAX, "levels must be positive and below 2^31");
 }
 
 // output, grad_output and argmax: [N, C * bins], contiguous.
 inline void check_features(const Tensor& t, const char* name, const FeatureMap& map, int64_t bins, DeviceType device = DeviceType::cpu) {
   check_tensor(t, name, 2);
   check_device(t, name, device);
-  check(t.shape[0] == map.images && t.shape[1] == map.channels * bins,
-        std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
+  PZ_CHECK(t.shape[0] == map.images && t.shape[1] == map.channels * bins,
+           std::string(name) + " must have shape [N, C * bins], got " + t.shape_string());
   check_contiguous(t, name);
 }
 

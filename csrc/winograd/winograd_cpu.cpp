@@ -52,7 +52,7 @@ namespace {
 FeatureMap check_map(const Tensor& t, const char* name) {
   const FeatureMap map(t, name);
   check_dtype(t, name, DType::f32);
-  check(map.channels_last(), std::string(name) + " must be channels_last");
+  PZ_CHECK(map.channels_last(), std::string(name) + " must be channels_last");
   return map;
 }
 
@@ -60,14 +60,15 @@ Weight check_weight(const Tensor& t, const char* name) {
   check_tensor(t, name, 4);
   check_cpu(t, name);
   check_dtype(t, name, DType::f32);
-  check(t.shape[2] == 3 && t.shape[3] == 3 && (t.stride[1] == 1 || t.shape[1] == 1), std::string(name) + " must be 3x3 and channels_last");
+  PZ_CHECK(t.shape[2] == 3 && t.shape[3] == 3 && (t.stride[1] == 1 || t.shape[1] == 1),
+           std::string(name) + " must be 3x3 and channels_last");
   return {t.ptr<float>(), t.shape[0], t.shape[1], t.stride[0], t.stride[3], t.stride[2]};
 }
 
 void check_sizes(const FeatureMap& input, const FeatureMap& output, int64_t padding) {
-  check(padding >= 0 && input.images == output.images && output.height == input.height + 2 * padding - 2 &&
-            output.width == input.width + 2 * padding - 2,
-        "input and output must differ in size by 2 - 2 padding");
+  PZ_CHECK(padding >= 0 && input.images == output.images && output.height == input.height + 2 * padding - 2 &&
+               output.width == input.width + 2 * padding - 2,
+           "input and output must differ in size by 2 - 2 padding");
 }
 
 }  // namespace
@@ -80,7 +81,7 @@ void winograd_weight_cpu(const Tensor& weight, const Tensor& transformed, bool t
   check_contiguous(transformed, "transformed");
   check_cpu(transformed, "transformed");
   check_dtype(transformed, "transformed", DType::f32);
-  check(transformed.numel() == winograd_weight_size(outputs, inputs), "transformed has the wrong size");
+  PZ_CHECK(transformed.numel() == winograd_weight_size(outputs, inputs), "transformed has the wrong size");
   PZ_FOR_ISA(transform_weight)(from, turned, transformed.ptr<float>());
 }
 
@@ -91,21 +92,21 @@ void winograd_conv_cpu(const Tensor& input, const Tensor& weight, const Tensor& 
   check_contiguous(bias, "bias");
   check_cpu(bias, "bias");
   check_dtype(bias, "bias", DType::f32);
-  check(bias.numel() == 0 || bias.numel() == to.channels, "bias must have shape [K]");
+  PZ_CHECK(bias.numel() == 0 || bias.numel() == to.channels, "bias must have shape [K]");
   const int64_t size = winograd_weight_size(to.channels, from.channels);
   static thread_local Scratch<float> scratch;
   float* transformed = weight.ptr<float>();
   if (weight.ndim == 4) {
     const Weight raw = check_weight(weight, "weight");
-    check(raw.outputs == (turned ? from.channels : to.channels) && raw.inputs == (turned ? to.channels : from.channels),
-          "weight does not fit input and output");
+    PZ_CHECK(raw.outputs == (turned ? from.channels : to.channels) && raw.inputs == (turned ? to.channels : from.channels),
+             "weight does not fit input and output");
     transformed = room(scratch, size);
     PZ_FOR_ISA(transform_weight)(raw, turned, transformed);
   } else {
     check_contiguous(weight, "weight");
     check_cpu(weight, "weight");
     check_dtype(weight, "weight", DType::f32);
-    check(weight.numel() == size, "weight has the wrong size");
+    PZ_CHECK(weight.numel() == size, "weight has the wrong size");
   }
   PZ_FOR_ISA(winograd_conv)(from, transformed, bias.numel() ? bias.ptr<float>() : nullptr, to, padding, relu);
 }
@@ -114,7 +115,7 @@ void winograd_conv_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input
   const FeatureMap grad = check_map(grad_output, "grad_output"), from = check_map(input, "input");
   check_sizes(from, grad, padding);
   const Weight to = check_weight(grad_weight, "grad_weight");
-  check(to.outputs == grad.channels && to.inputs == from.channels, "grad_weight does not fit");
+  PZ_CHECK(to.outputs == grad.channels && to.inputs == from.channels, "grad_weight does not fit");
   PZ_FOR_ISA(winograd_conv_bwd_weight)(grad, from, to, padding);
 }
 

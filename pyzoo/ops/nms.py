@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyzoo._backend import Kernel, specified_by
+from pyzoo._backend import Kernel, runs_on_core, specified_by
+from pyzoo._ext import C
 from pyzoo.ops import _common as common
 from pyzoo.ops._common import Operator
 
@@ -76,13 +77,13 @@ def _reference_of_each(reference, args, iou_threshold: float, max_output: int):
 
 
 def _check(op, boxes, scores, iou_threshold, *, batched=False):
-    size = boxes.shape
+    size = scores.shape
     if (
-        len(size) == 2
-        and size[1] == 4
-        and scores.shape == size[:1]
+        len(size) == 1
+        and boxes.shape == (*size, 4)
         and boxes.dtype is scores.dtype is torch.float32
-        and boxes.device == scores.device
+        and boxes.is_cpu
+        and scores.is_cpu
         and iou_threshold == iou_threshold
     ):
         return  # what nearly every call is, said sooner
@@ -118,8 +119,12 @@ def _detached(x):
 
 
 def _kept(boxes, scores, idxs, iou_threshold, shift_classes):
+    if boxes.requires_grad or scores.requires_grad:
+        boxes, scores = boxes.detach(), scores.detach()
+    if runs_on_core(boxes.device):
+        return C.nms_cpu(boxes, scores, idxs, iou_threshold, None, shift_classes)
     keep = boxes.new_empty(boxes.shape[0], dtype=torch.int64)
-    count = _kernel(boxes.device, _detached(boxes), _detached(scores), idxs, iou_threshold, keep, shift_classes)
+    count = _kernel(boxes.device, boxes, scores, idxs, iou_threshold, keep, shift_classes)
     return keep.resize_(int(count))
 
 
@@ -182,6 +187,7 @@ def _nms_padded_vmap(info, in_dims, boxes, scores, *rest):
     return unfold(_nms_padded.op(*tensors, *rest))
 
 
+# Called as operators: without a derivative the dispatcher takes less than the questions whether it may be passed by.
 _nms = Operator(  # torchvision's schema
     "nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor",
     impl=_nms_impl,
@@ -223,8 +229,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, max_output: int 
     common.check_tensor("nms", "boxes", boxes)
     common.check_tensor("nms", "scores", scores)
     if max_output is None:
-        return _nms(boxes, scores, iou_threshold)
-    return _nms_padded(boxes, scores, iou_threshold, max_output)
+        return _nms.op(boxes, scores, iou_threshold)
+    return _nms_padded.op(boxes, scores, iou_threshold, max_output)
 
 
 # -------------------------------------------------------------------------------------------------------- batched_nms
@@ -316,5 +322,5 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     common.check_tensor("batched_nms", "scores", scores)
     common.check_tensor("batched_nms", "idxs", idxs)
     if max_output is None:
-        return _batched_nms(boxes, scores, idxs, iou_threshold)
-    return _batched_nms_padded(boxes, scores, idxs, iou_threshold, max_output)
+        return _batched_nms.op(boxes, scores, idxs, iou_threshold)
+    return _batched_nms_padded.op(boxes, scores, idxs, iou_threshold, max_output)
