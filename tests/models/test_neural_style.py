@@ -13,6 +13,7 @@ from torch import nn
 
 from pyzoo import cli
 from pyzoo.data import read_picture, write_picture
+from pyzoo.models._style_tiles import halo_of
 from pyzoo.models.neural_style import (
     PAPER,
     PORT,
@@ -21,7 +22,6 @@ from pyzoo.models.neural_style import (
     Objective,
     StyleNet,
     content_inversion,
-    halo_of,
     match_colors,
     noise,
     rescale,
