@@ -165,17 +165,11 @@ class GatedPixelCNN(Autoregressive):
 
     @torch.no_grad()
     def sample(self, size: Sequence[int], h: Tensor | None = None, *, cached: bool = True, **options) -> Tensor:
-        """Draws images, or the rest of images, from p(x | h).
+        """Images [N, C, H, W] drawn from p(x | h), or the rest of images.
 
         Args:
-            size: (N, H, W).
-            h: of each image, as in training.
             cached: else by a full pass for each value, as it is done for units without a gate.
-            options: ``generator``, ``temperature``, ``uniforms``; ``image`` and ``known``, a bool mask: what is known
-                is kept. As of :func:`pyzoo.ops.pixelcnn_sample`.
-
-        Returns:
-            int64 Tensor[N, C, H, W].
+            size, h, options: as of :meth:`Autoregressive.sample`.
         """
         if not (cached and self.gated):
             return super().sample(size, h, **options)

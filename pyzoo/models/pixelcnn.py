@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from pyzoo.models._registry import register_model
 from pyzoo.ops import MaskedConv2d
 from pyzoo.ops.masked_conv2d import live_weights
+from pyzoo.ops.pixelcnn_sample import _UNKNOWN, _draw, _draws_and_start
 
 # ----------------------------------------------------------------------------------------------------------- likelihood
 
@@ -67,37 +69,27 @@ class Autoregressive(nn.Module):
             raise ValueError(f"{type(self).__name__}: h must be None, as the model has no condition")
         return None
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     @torch.no_grad()
-    def sample(
-        self,
-        size: Sequence[int],
-        h: Tensor | None = None,
-        *,
-        uniforms: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        image: Tensor | None = None,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        """Images [N, C, H, W] for ``size`` (N, H, W), by a full pass for each value. Arguments as of
-        :func:`pyzoo.ops.pixelcnn_sample`."""
-        if (image is None) != (known is None):
-            raise ValueError(f"{type(self).__name__}: image and known go together, got only one of them")
-        shape, device = (size[0], self.channels, *size[1:]), next(self.parameters()).device
-        s = self.condition_map(h, size)
-        if uniforms is None:
-            source = device if generator is None else generator.device
-            uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=source).to(device)
-        known = torch.zeros(shape, dtype=torch.bool, device=device) if known is None else known.expand(shape)
-        x = torch.zeros(shape, dtype=torch.int64, device=device)
-        x = x if image is None else torch.where(known, image, x)
-        for i in range(shape[2]):
-            for j in range(shape[3]):
-                for c in range(shape[1]):
-                    logits = self.logits(self.scale(x), s)[:, c, :, i, j].double()
-                    cdf = (logits / temperature).softmax(1).cumsum(1)
-                    drawn = (cdf < uniforms[:, c, i, j, None]).sum(1).clamp(max=self.levels - 1)
-                    x[:, c, i, j] = torch.where(known[:, c, i, j], x[:, c, i, j], drawn)
+    def sample(self, size: Sequence[int], h: Tensor | None = None, **options) -> Tensor:
+        """Images [N, C, H, W] for ``size`` (N, H, W), by a full pass for each value.
+
+        Args:
+            size: (N, H, W).
+            h: of each image, as in training.
+            options: ``generator``, ``temperature``, ``uniforms``; ``image`` and ``known``, a bool mask: what is known
+                is kept. As of :func:`pyzoo.ops.pixelcnn_sample`.
+        """
+        uniforms, start = _draws_and_start(type(self).__name__, self, size, **options)
+        s, temperature, x = self.condition_map(h, size), options.get("temperature", 1.0), start.clamp(min=0)
+        _, channels, height, width = x.shape
+        for i, j, c in product(range(height), range(width), range(channels)):
+            logits = self.logits(self.scale(x), s)[:, c, :, i, j]
+            drawn = _draw(logits, uniforms[:, c, i, j], temperature)
+            x[:, c, i, j] = torch.where(start[:, c, i, j] == _UNKNOWN, drawn, x[:, c, i, j])
         return x
 
 
