@@ -31,7 +31,9 @@ def load(net: nn.Module, path: str | Path) -> None:
     def rename(name: str) -> str | None:
         layer, _, what = name.rpartition(".")
         seen.add(layer)
-        return None if layer.startswith(("classifier.", "fc")) else f"{convs.get(layer, layer)}.{what}"
+        if layer.startswith(("classifier.", "fc")):
+            return None
+        return f"{convs[layer]}.{what}" if layer in convs else name
 
     load_weights(net, path, rename=rename)
     net.inputs = "caffe" if "conv1_1" in seen else "torchvision"

@@ -237,17 +237,14 @@ def style_transfer(
     _require(tile is None or tile > 0, "tile", "None or at least 1", tile)
     _check_layers("content_layers", content_layers, net)
     _check_layers("style_layers", style_layers, net)
-    painted = {
-        **content_layers,
-        **({} if style is None else style_layers),
-    }  # layers that must have a cell of the result
-    content = _checked("content", content, net, painted)
+    counting = {**content_layers, **({} if style is None else style_layers)}  # the result must have a cell of each
+    content = _checked("content", content, net, counting)
     style = _checked("style", style, net, style_layers)
     given = {"content": content, "style": style}
     if isinstance(init, Tensor):  # without a content it has the size of the result
         given["init"], init = _checked("init", init, net, style_layers if content is None else {}), "init"
-    counts = (content is not None and content_layers) or (style is not None and style_layers)
-    _require(bool(counts), "content, style", "a picture and layers of it, one at least", "none")
+    weights = [*({} if content is None else content_layers).values(), *({} if style is None else style_layers).values()]
+    _require(any(weights), "content, style", "a picture and layers of it, one at least with a weight above 0", "none")
     _require(color is None or not (content is None or style is None), "color", "None without both pictures", color)
     _require(init == "noise" or given.get(init) is not None, "init", "'noise' or a picture that is given", init)
 
