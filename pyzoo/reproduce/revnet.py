@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import pyzoo
-from pyzoo.data import digits
 from pyzoo.models.resnet import CifarResNet
 from pyzoo.models.revnet import RevNet
+from pyzoo.reproduce._classification import error_of
+from pyzoo.reproduce._digits import digit_parts
 from pyzoo.train import fit
 
 # Statistics that follow within 150 steps; the authors train for 80000.
@@ -54,7 +55,7 @@ def learning(report, axes) -> None:
         torch.manual_seed(report.seed)
         model = make()
         losses[name] = train(model, STEPS, report.seed)
-        errors[name] = error_of(model)
+        errors[name] = error_of(model.cpu(), *digit_parts()["test"])
         count = sum(p.numel() for p in model.parameters())
         last = sum(losses[name][-20:]) / 20
         report.note(
@@ -94,7 +95,7 @@ def change_last_bits(model):
 
 def train(model, steps: int, seed: int) -> list[float]:
     """SGD as the authors', but warmed up, and slower and slower in the second half; returns the losses."""
-    dataset = torch.utils.data.TensorDataset(*digits("train"))
+    dataset = torch.utils.data.TensorDataset(*digit_parts()["train"])
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=2e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / WARM_UP, 1, 2 * (1 - i / steps)))
     options = {"optimizer": optimizer, "schedule": schedule, "loss": F.cross_entropy}
@@ -102,17 +103,11 @@ def train(model, steps: int, seed: int) -> list[float]:
     return [entry["loss"] for entry in history]
 
 
-@torch.no_grad()
-def error_of(model) -> float:
-    images, labels = (part.to(next(model.parameters()).device) for part in digits("test"))
-    return (model.eval()(images).argmax(1) != labels).float().mean().item()
-
-
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
 def memory(report, axes) -> None:
-    images = digits()[0][:BATCH]
+    images = digit_parts()["train"][0][:BATCH]
     kept = {}
     for reversible in (True, False):
         models = [make_revnet((units,) * 3, reversible=reversible) for units in UNITS]
@@ -157,7 +152,7 @@ def rounding(report, axes) -> None:
     model = make_revnet((BLOCKS + 1,))
     train(model, 60, report.seed)
     model.cpu().train()
-    images, labels = (part[:BATCH] for part in digits("train"))
+    images, labels = (part[:BATCH] for part in digit_parts()["train"])
     gradients = []
     for reversible in (True, False):
         model.reversible = reversible
