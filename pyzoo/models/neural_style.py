@@ -63,6 +63,9 @@ class StyleNet(nn.Module):
 
     def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """No layer after the last of ``layers`` (by default all) is run."""
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{list(images.shape)} of {images.dtype}"
+            raise ValueError(f"StyleNet: images must be [N, 3, H, W] of a floating dtype, in [0, 1], got {got}")
         layers = list(self.index) if layers is None else list(layers)
         maps = {self.index[name]: images for name in layers}
         x = prepare(images, self.inputs).contiguous(memory_format=torch.channels_last)

@@ -128,8 +128,8 @@ def compare(report: Report, models: dict[str, list[Autoregressive]], tests: Tens
         report.note(f"{name}, {sizes[name]} weights: {found} bits per pixel of new digits")
     for name, other, what in (
         ("two stacks, gated", "two stacks, ReLU", "gates beat ReLU, at equal size"),
-        ("two stacks, gated", "one stack, gated", "two stacks beat one, which has a blind spot, with gates"),
-        ("two stacks, ReLU", "one stack, ReLU", "and with ReLU"),
+        ("two stacks, gated", "one stack, gated", "two stacks beat one, which has a blind spot"),
+        ("two stacks, ReLU", "one stack, ReLU", "two stacks beat one, with ReLU"),
         ("two stacks, gated", "one stack, ReLU", "Gated PixelCNN beats PixelCNN"),
     ):
         mean, error = gain_of(bits[name], bits[other])

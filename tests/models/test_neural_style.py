@@ -108,6 +108,15 @@ def test_runs_no_further_than_it_must():
     assert list(net(torch.rand(1, 3, 8, 8), ["conv3_1", "conv1_2"])) == ["conv3_1", "conv1_2"]
 
 
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 1, 32, 32), torch.zeros(3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)]
+)
+def test_net_refuses_other_images(images):
+    """Not grey ones, which would pass as three colors, nor bytes, as they are up to 255."""
+    with pytest.raises(ValueError, match=r"^StyleNet: images must be \[N, 3, H, W\] of a floating dtype, .* got \["):
+        tiny()(images)
+
+
 @pytest.mark.parametrize("names", ["torchvision", "caffe"])
 def test_weights_in_files(tmp_path, names):
     """Of whichever layout: the same net, and the input that the layout wants."""
