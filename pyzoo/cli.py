@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     except CommandError as error:
         print(f"pyzoo: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pyzoo: interrupted", file=sys.stderr)
+        return 130
 
 
 class CommandError(Exception):
@@ -159,7 +162,6 @@ def paint(args: argparse.Namespace) -> int:
 
     output = Path(args.output)
     check_writable(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     content, style = (read_picture(path, args.size).to(device) for path in (args.content, args.style))
     options = {} if args.weights else dict(RANDOM)
@@ -169,7 +171,7 @@ def paint(args: argparse.Namespace) -> int:
         args.init = read_picture(args.init).to(device)
     net = style_net(args.weights, [content, style], seed=args.seed).to(device)
     with need("tqdm.auto", "pyzoo style").tqdm(total=args.steps, unit="step") as bar:
-        painted, stopped = content, False
+        painted, stopped = None, False
 
         def show(step, losses, image):
             nonlocal painted
@@ -181,6 +183,8 @@ def paint(args: argparse.Namespace) -> int:
         try:
             painted, _ = style_transfer(content, style, net, callback=show, **options)
         except KeyboardInterrupt:
+            if painted is None:  # what OUT may hold already is worth more
+                raise
             stopped = True
     write_picture(painted, output)
     print(f"{output}: {painted.shape[2]} x {painted.shape[1]}{', not finished' if stopped else ''}")

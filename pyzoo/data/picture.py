@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def read_picture(path: str | Path, longest: int | None = None) -> Tensor:
         longest: the longer side, to which larger pictures are scaled down.
 
     Raises:
-        OSError: there is no such file, or it is no picture, or damaged.
+        OSError: there is no such file, or it is no picture, or damaged, or of 32 bits a pixel.
     """
     image, ops = (need(f"PIL.{name}", "pyzoo.data.read_picture") for name in ("Image", "ImageOps"))
     try:
@@ -28,8 +29,12 @@ def read_picture(path: str | Path, longest: int | None = None) -> Tensor:
             picture = ops.exif_transpose(file)
             if picture.mode.startswith("I;16"):  # Pillow would cut off what is above 255
                 picture = image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            if picture.mode in ("I", "F"):
+                raise ValueError("it has 32 bits a pixel, and does not say what is white")
             picture = picture.convert("RGBA")
-    except (image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except (image.DecompressionBombError, SyntaxError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and str(path) in str(error):
+            raise
         raise OSError(f"cannot read {path}: {error}") from error
     picture = image.alpha_composite(image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     if longest is not None and longest < max(picture.size):
@@ -46,7 +51,21 @@ def write_picture(picture: Tensor, path: str | Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises ValueError where :func:`write_picture` does not know the ending of ``path``."""
-    image = need("PIL.Image", "pyzoo.data.write_picture")
-    if image.registered_extensions().get(Path(path).suffix.lower()) not in image.SAVE:
-        raise ValueError(f"{path} must end in .png, .jpg or another ending of a picture that Pillow writes")
+    """Finds out before long work whether :func:`write_picture` can write to ``path``, whose folder it makes.
+
+    Raises:
+        OSError: the folder cannot be made, or the file cannot be opened for writing.
+        ValueError: pictures are not written to files with its ending.
+    """
+    image, path = need("PIL.Image", "pyzoo.data.write_picture"), Path(path)
+    try:
+        image.new("RGB", (1, 1)).save(io.BytesIO(), image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError) as error:
+        message = f"{path} must end in .png, .jpg or another ending of a picture that Pillow writes"
+        raise ValueError(message) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()

@@ -24,6 +24,7 @@ PAPERS = (
     "mask_rcnn",
     "ssd",
     "yolo_v1",
+    "pixelcnn",
     "gated_pixelcnn",
     "neural_style",
     "revnet",
@@ -93,9 +94,11 @@ def table() -> str:
         numbers = sorted(entry.parameters for entry in entries)
         parameters = " .. ".join(f"{n / 1e6:.1f} M" for n in dict.fromkeys((numbers[0], numbers[-1])))
         source = Path(__file__).parents[1] / "reproduce" / f"{paper}.py"
-        shows = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
+        shows = ""  # of the first PixelCNN: what that of the second shows
+        if source.exists():
+            shows = f"`{paper}`: " + ast.get_docstring(ast.parse(source.read_text())).partition("\n")[0]
         names = ", ".join(f"`{name}`" for name in _abbreviated([entry.name for entry in entries]))
-        lines.append(f"| {entries[0].paper} | {names} | {parameters} | `{paper}`: {shows} |")
+        lines.append(f"| {entries[0].paper} | {names} | {parameters} | {shows} |")
     return "\n".join(lines)
 
 

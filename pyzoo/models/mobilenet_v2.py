@@ -161,8 +161,8 @@ class MobileNetV2(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"MobileNetV2: images must have shape [N, 3, H, W], got {list(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != 3 or 0 in x.shape[2:]:
+            raise ValueError(f"MobileNetV2: images must have pixels and shape [N, 3, H, W], got {list(x.shape)}")
         x = self.features(x.contiguous(memory_format=torch.channels_last))  # [N, 1280, H / 32, W / 32]
         return self.classifier(x.mean((2, 3)))
 

@@ -15,17 +15,18 @@ Without trained weights filters are random, which is enough for textures; see :d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyzoo.checkpoint import load_weights
 from pyzoo.models._registry import register_model
+from pyzoo.models._style_colors import luminance_of, match_colors, with_luminance_of
+from pyzoo.models._style_tiles import Tiles
+from pyzoo.models._style_weights import load, randomize, rescale, resize
 from pyzoo.models.vgg import INPUTS, layer_index, make_features, prepare, run
-from pyzoo.ops import gram_loss, gram_matrix
+from pyzoo.ops import gram_loss
 
 CONTENT = {"conv4_2": 0.05}
 STYLE = {f"conv{block}_1": 0.2 for block in range(1, 6)}
@@ -62,6 +63,9 @@ class StyleNet(nn.Module):
 
     def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """No layer after the last of ``layers`` (by default all) is run."""
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{list(images.shape)} of {images.dtype}"
+            raise ValueError(f"StyleNet: images must be [N, 3, H, W] of a floating dtype, in [0, 1], got {got}")
         layers = list(self.index) if layers is None else list(layers)
         maps = {self.index[name]: images for name in layers}
         x = prepare(images, self.inputs).contiguous(memory_format=torch.channels_last)
@@ -86,98 +90,12 @@ def style_net(
     """
     net = StyleNet(pool=pool).requires_grad_(False)
     if weights is None:
-        generator = torch.Generator().manual_seed(seed)
-        for layer in net.features:
-            if isinstance(layer, nn.Conv2d):
-                random = torch.empty(layer.weight.shape)
-                layer.weight.copy_(nn.init.orthogonal_(random, 2**0.5, generator=generator))
-                nn.init.zeros_(layer.bias)
+        randomize(net, seed)
     else:
-        _load(net, weights)
+        load(net, weights)
     if images:
         rescale(net, images, compensate=weights is not None)
     return net
-
-
-def _load(net: StyleNet, path: str | Path) -> None:
-    convs = {name: f"features.{i}" for name, i in layer_index(net.features).items()}
-    seen = set()
-
-    def rename(name: str) -> str | None:
-        layer, _, what = name.rpartition(".")
-        seen.add(layer)
-        return None if layer.startswith(("classifier.", "fc")) else f"{convs.get(layer, layer)}.{what}"
-
-    load_weights(net, path, rename=rename)
-    net.inputs = "caffe" if "conv1_1" in seen else "torchvision"
-
-
-@torch.no_grad()
-def rescale(net: StyleNet, images: Iterable[Tensor], *, compensate: bool = True, floor: float = 0.1) -> None:
-    """Section 2: divides each filter by its mean activation over images and positions, which then is 1.
-
-    Args:
-        net: is changed.
-        images: [3, H, W]; large ones are looked at in small.
-        compensate: the weights of the next layer make up for it, so that a map is what it was, divided by the means.
-            Otherwise, for random filters, the next layer sees the scaled maps, and filters are first shifted to a mean
-            of zero before the ReLU: else deep maps are nearly constant, and say little.
-        floor: a filter that is hardly ever active is divided by this part of the layer's average.
-    """
-    maps = [prepare(_shrink(image[None], 512), net.inputs) for image in images]
-    before = None
-    for layer in net.features:
-        if not isinstance(layer, (nn.Conv2d, nn.ReLU)):
-            maps = [x for x in maps if min(x.shape[2:]) > 1]
-            if not maps:
-                return  # nothing is known of deeper layers, nor wanted
-        if compensate and before is not None and isinstance(layer, nn.Conv2d):
-            layer.weight *= before[:, None, None]
-        maps = [layer(x) for x in maps]
-        if isinstance(layer, nn.Conv2d):
-            positions = sum(x[0, 0].numel() for x in maps)
-            if not compensate:
-                center = sum(x.sum((0, 2, 3)) for x in maps) / positions
-                layer.bias -= center
-                maps = [x - center[:, None, None] for x in maps]
-            mean = sum(x.relu().sum((0, 2, 3)) for x in maps) / positions
-            mean = mean.clamp(min=floor * mean.mean().item())
-            before = torch.where(mean > 0, mean, 1)
-            layer.weight /= before[:, None, None, None]
-            layer.bias /= before
-            maps = [x / before[:, None, None] for x in maps]
-
-
-def _shrink(images: Tensor, longest: int) -> Tensor:
-    scale = longest / max(images.shape[2:])
-    return _resize(images, [max(1, round(side * scale)) for side in images.shape[2:]]) if scale < 1 else images
-
-
-def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------- tiles
-
-
-def windows(size: int, tile: int | None, halo: int) -> list[tuple[int, int, int, int]]:
-    """Along one axis: where a crop begins, its core begins, its core ends and it ends. Cores tile the axis."""
-    if tile is None:
-        return [(0, 0, size, size)]
-    ends = [(begin, min(begin + tile, size)) for begin in range(0, size, tile)]
-    return [(max(0, begin - halo), begin, end, min(size, end + halo)) for begin, end in ends]
-
-
-def halo_of(net: StyleNet, layers: Sequence[str]) -> tuple[int, int]:
-    """The deepest stride of these layers, and how far beyond its own pixels their deepest cell sees, in multiples of
-    that: 16 and 80 for conv5_1. What padding does at the edge of a crop does not reach its core."""
-    reach, stride = 0, 1
-    for layer in net.features[: max(net.index[name] for name in layers)]:
-        if isinstance(layer, nn.Conv2d):
-            reach += stride * (layer.kernel_size[0] // 2)
-        elif not isinstance(layer, nn.ReLU):
-            stride *= 2
-    return stride, -(-reach // stride) * stride
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -213,15 +131,14 @@ class Objective:
         self.content_layers = {} if content is None else dict(content_layers)
         self.style_layers = {} if style is None else dict(style_layers)
         self.layers = sorted({*self.content_layers, *self.style_layers}, key=list(net.index).index)
-        stride, self.halo = halo_of(net, self.layers)
-        self.tile = None if tile is None else -(-tile // stride) * stride
+        self.tiles = Tiles(net, self.layers, tile)
         with torch.no_grad():
-            self.content = {} if content is None else self._whole_maps(content, self.content_layers)
-            self.style = {} if style is None else self._grams(style)
+            self.content = {} if content is None else self.tiles.maps(content, self.content_layers)
+            self.style = {} if style is None else self.tiles.grams(style, self.style_layers)
 
     def backward(self, image: Tensor) -> dict[str, float]:
         """Both losses; the gradient of their sum becomes ``image.grad``."""
-        return (self._backward_whole if self.tile is None else self._backward_tiled)(image)
+        return (self._backward_whole if self.tiles.tile is None else self._backward_tiled)(image)
 
     def _backward_whole(self, image: Tensor) -> dict[str, float]:
         maps = self.net(image, self.layers)
@@ -239,17 +156,18 @@ class Objective:
     def _backward_tiled(self, image: Tensor) -> dict[str, float]:
         """First the Gram matrices, without a gradient; the gradient in them is that in the maps of each tile."""
         with torch.no_grad():
-            difference = {name: gram - self.style[name] for name, gram in self._grams(image).items()}
+            grams = self.tiles.grams(image, self.style_layers)
+            difference = {name: gram - self.style[name] for name, gram in grams.items()}
         style = sum(w / 4 * difference[name].square().sum().item() for name, w in self.style_layers.items())
         content = 0.0
         image.grad = torch.zeros_like(image)
-        for crop, maps, places in self._crops(image, self.layers, grad=True):
+        for crop, maps, places in self.tiles.crops(image, self.layers, grad=True):
             loss = crop.new_zeros(())
             for name in self.content_layers:
                 loss = loss + self._content_loss(name, maps[name], places[name])
             content += loss.item()
             for name, w in self.style_layers.items():
-                loss = loss + (difference[name] * self._gram_part(image, name, maps[name])).sum() * (w / 2)
+                loss = loss + (difference[name] * self.tiles.gram_part(image, name, maps[name])).sum() * (w / 2)
             (grad,) = torch.autograd.grad(loss, crop)
             image.grad[..., places["crop"][0], places["crop"][1]] += grad
         return {"content": content, "style": style}
@@ -258,42 +176,6 @@ class Objective:
         target = self.content[name]
         scale = 1 / target.numel() if self.content_loss == "mean" else 0.5
         return (maps - target[..., place[0], place[1]]).square().sum() * (self.content_layers[name] * scale)
-
-    def _gram_part(self, image: Tensor, name: str, core: Tensor) -> Tensor:
-        """What the positions of ``core`` give to the Gram matrix of the whole image, over N M."""
-        positions = (image.shape[2] // self.net.stride(name)) * (image.shape[3] // self.net.stride(name))
-        return gram_matrix(core) * (core.shape[2] * core.shape[3] / positions)
-
-    def _grams(self, image: Tensor) -> dict[str, Tensor]:
-        grams: dict[str, Tensor] = {}
-        for _, maps, _ in self._crops(image, self.style_layers):
-            for name, core in maps.items():
-                part = self._gram_part(image, name, core)
-                grams[name] = grams[name] + part if name in grams else part
-        return grams
-
-    def _whole_maps(self, image: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
-        whole: dict[str, Tensor] = {}
-        for _, maps, places in self._crops(image, layers):
-            for name, core in maps.items():
-                if name not in whole:
-                    size = [side // self.net.stride(name) for side in image.shape[2:]]
-                    whole[name] = core.new_empty(1, *size, core.shape[1]).permute(0, 3, 1, 2)
-                whole[name][..., places[name][0], places[name][1]] = core
-        return whole
-
-    def _crops(self, image: Tensor, layers: Iterable[str], grad: bool = False) -> Iterator[tuple[Tensor, dict, dict]]:
-        """Crops of the image; the cores of their maps, by layer; where those are in the maps of the whole, and the
-        "crop" in the image."""
-        for y0, y1, y2, y3 in windows(image.shape[2], self.tile, self.halo):
-            for x0, x1, x2, x3 in windows(image.shape[3], self.tile, self.halo):
-                crop = image.detach()[..., y0:y3, x0:x3].requires_grad_(grad)
-                cores, places = {}, {"crop": (slice(y0, y3), slice(x0, x3))}
-                for name, maps in self.net(crop, layers).items():
-                    s = self.net.stride(name)  # divides all but the size of the image, which pooling rounds down
-                    cores[name] = maps[..., (y1 - y0) // s : (y2 - y0) // s, (x1 - x0) // s : (x2 - x0) // s]
-                    places[name] = slice(y1 // s, y2 // s), slice(x1 // s, x2 // s)
-                yield crop, cores, places
 
 
 # ------------------------------------------------------------------------------------------------------------- transfer
@@ -358,17 +240,14 @@ def style_transfer(
     _require(tile is None or tile > 0, "tile", "None or at least 1", tile)
     _check_layers("content_layers", content_layers, net)
     _check_layers("style_layers", style_layers, net)
-    painted = {
-        **content_layers,
-        **({} if style is None else style_layers),
-    }  # layers that must have a cell of the result
-    content = _checked("content", content, net, painted)
+    counting = {**content_layers, **({} if style is None else style_layers)}  # the result must have a cell of each
+    content = _checked("content", content, net, counting)
     style = _checked("style", style, net, style_layers)
     given = {"content": content, "style": style}
     if isinstance(init, Tensor):  # without a content it has the size of the result
         given["init"], init = _checked("init", init, net, style_layers if content is None else {}), "init"
-    counts = (content is not None and content_layers) or (style is not None and style_layers)
-    _require(bool(counts), "content, style", "a picture and layers of it, one at least", "none")
+    weights = [*({} if content is None else content_layers).values(), *({} if style is None else style_layers).values()]
+    _require(any(weights), "content, style", "a picture and layers of it, one at least with a weight above 0", "none")
     _require(color is None or not (content is None or style is None), "color", "None without both pictures", color)
     _require(init == "noise" or given.get(init) is not None, "init", "'noise' or a picture that is given", init)
 
@@ -379,7 +258,7 @@ def style_transfer(
         content, style = luminance_of(content, style)
     objective = Objective(net, content, style, content_layers, style_layers, content_loss, tile)
     size = next(given[k] for k in ("content", "init", "style") if given.get(k) is not None).shape[2:]
-    image = noise(size, net, seed) if init == "noise" else _resize(given[init], size).contiguous().clone()
+    image = noise(size, net, seed) if init == "noise" else resize(given[init], size).contiguous().clone()
     image, history = image.requires_grad_(), []
     lr = OPTIMIZERS[optimizer] if lr is None else lr
     if optimizer == "lbfgs":
@@ -430,36 +309,6 @@ def noise(size: Iterable[int], net: StyleNet, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mean = torch.tensor(INPUTS[net.inputs][0])[:, None, None]
     return ((mean + 30 * torch.randn(1, 3, *size, generator=generator)) / 255).to(net.features[0].weight)
-
-
-# -------------------------------------------------------------------------------------------------------------- colors
-
-TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
-
-
-def match_colors(image: Tensor, other: Tensor) -> Tensor:
-    """Gives the pixels of ``image`` mean and covariance of the other's: x -> S_o^(1/2) S_i^(-1/2) (x - m_i) + m_o."""
-
-    def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = x[0].flatten(1).double()
-        values, vectors = torch.linalg.eigh(x.cov(correction=0))
-        return x.mean(1, keepdim=True), values.clamp(min=1e-5).sqrt(), vectors
-
-    (mean, deviations, axes), (new_mean, new_deviations, new_axes) = moments(image), moments(other)
-    map = new_axes * new_deviations @ new_axes.T @ (axes / deviations @ axes.T)
-    return (map @ (image[0].flatten(1) - mean) + new_mean).view(image.shape).to(image.dtype)
-
-
-def luminance_of(content: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in grey; the style with the mean and the deviation of the content."""
-    y, other = (torch.einsum("nchw,c->nhw", x, x.new_tensor(TO_YIQ[0]))[:, None] for x in (content, style))
-    other = (other - other.mean()) * (y.std(correction=0) / other.std(correction=0).clamp(min=1e-3)) + y.mean()
-    return y.expand(-1, 3, -1, -1), other.expand(-1, 3, -1, -1)
-
-
-def with_luminance_of(image: Tensor, content: Tensor) -> Tensor:
-    """The content, with the luminance of ``image``: grey is added where it differs."""
-    return content + torch.einsum("nchw,c->nhw", image - content, content.new_tensor(TO_YIQ[0]))[:, None]
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

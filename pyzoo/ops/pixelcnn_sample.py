@@ -317,15 +317,21 @@ def _addends(op: str, network: PixelCNNNetwork, condition, images: int, height: 
 
 
 def _arguments(op, network, size, condition, uniforms, generator, temperature, image, known):
-    """The condition as addends, the uniforms, and the values to start from, ``_UNKNOWN`` where they are to be drawn."""
+    """The condition as addends, and what :func:`_draws_and_start` gives."""
     _check_network(op, network)
+    drawn = _draws_and_start(op, network, size, uniforms, generator, temperature, image, known)
+    return _addends(op, network, condition, *size), *drawn
+
+
+def _draws_and_start(op, network, size, uniforms=None, generator=None, temperature=1.0, image=None, known=None):
+    """The uniforms, and the values to start from, ``_UNKNOWN`` where they are to be drawn. ``network`` is anything with
+    channels, levels and a device."""
     if len(size) != 3 or not all(isinstance(n, (int, torch.SymInt)) and n >= 0 for n in size):
         raise ValueError(f"{op}: size must be (B, H, W), got {size!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}")
     images, height, width = size
     shape = (images, network.channels, height, width)
-    addends = _addends(op, network, condition, images, height, width)
     if uniforms is None:
         device = network.device if generator is None else generator.device
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device).to(network.device)
@@ -337,7 +343,7 @@ def _arguments(op, network, size, condition, uniforms, generator, temperature, i
     if (image is None) != (known is None):
         raise ValueError(f"{op}: image and known go together, got only {'known' if image is None else 'image'}")
     if image is None:
-        return addends, uniforms.double(), torch.full(shape, _UNKNOWN, dtype=torch.int64, device=network.device)
+        return uniforms.double(), torch.full(shape, _UNKNOWN, dtype=torch.int64, device=network.device)
     _check_values(op, "image", image, shape, network)
     if image.is_floating_point() or image.is_complex():
         raise TypeError(f"{op}: image must be integers, got {image.dtype}")
@@ -353,7 +359,7 @@ def _arguments(op, network, size, condition, uniforms, generator, temperature, i
         bad = image[known & ((image < 0) | (image >= network.levels))]
         if bad.numel():
             raise ValueError(f"{op}: image must be in [0, {network.levels}) where known, got {bad[0].item()}")
-    return addends, uniforms.double(), torch.where(known, image.long(), _UNKNOWN)
+    return uniforms.double(), torch.where(known, image.long(), _UNKNOWN)
 
 
 def _check_values(op: str, name: str, x, shape: tuple[int, ...], network: PixelCNNNetwork) -> None:

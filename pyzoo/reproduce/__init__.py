@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -48,6 +50,12 @@ class Report:
         verdict = f"does not hold: {'; '.join(self.failed)}" if self.failed else "holds"
         print(f"{self.paper}: {verdict} ({time.monotonic() - self._started:.0f} s)")
         return 1 if self.failed else 0
+
+
+def gain_of(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """By how much less ours are, in pairs of runs from one seed: the mean, and its standard error."""
+    gains = [other - our for our, other in zip(ours, others, strict=True)]
+    return statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
 
 
 def papers() -> list[str]:

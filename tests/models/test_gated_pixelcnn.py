@@ -378,16 +378,29 @@ def test_refuses_bad_conditions(h, error, message):
         (lambda: PixelCNNAutoEncoder(0), r"got \[32, 32\] and 0"),
         (
             lambda: make(PixelCNN).sample((1, 2, 2), known=torch.tensor(True)),
-            "PixelCNN: image and known go together, got only one",
+            "PixelCNN: image and known go together, got only known",
         ),
         (
             lambda: make(PixelCNN).sample((1, 2, 2), image=torch.full((1, 1, 2, 2), 4), known=torch.tensor(True)),
-            r"PixelCNN: x must be in \[0, 4\), got 4",
+            r"PixelCNN: image must be in \[0, 4\) where known, got 4",
         ),
         (
             lambda: make().sample((1, 2, 2), image=torch.full((1, 1, 2, 2), 4), known=torch.tensor(True)),
             r"image must be in \[0, 4\) where known, got 4",
         ),
+        *[
+            (lambda kind=kind, options=options: make(kind).sample((1, 2, 2), **options), message)
+            for kind in (GatedPixelCNN, PixelCNN)
+            for options, message in (
+                ({"temperature": 0}, "temperature must be positive and finite, got 0"),
+                ({"temperature": -1.0}, "temperature must be positive and finite, got -1"),
+                ({"uniforms": torch.zeros(1, 1, 2, 3)}, r"uniforms must have shape \[1, 1, 2, 2\]"),
+                (
+                    {"image": torch.zeros(1, 1, 2, 2).int(), "known": torch.ones(3, 3).bool()},
+                    r"known must expand to shape \[1, 1, 2, 2\], got \[3, 3\]",
+                ),
+            )
+        ],
     ],
 )
 def test_bad_input(call, message):

@@ -235,6 +235,7 @@ def test_thin_net():
         (lambda: MobileNetV2(width=0), "width must be above 0, got 0"),
         (lambda: MobileNetV2(width=0.1, split=0), "split must be at least 1, got 0"),
         (lambda: MobileNetV2(width=0.1)(torch.zeros(1, 1, 64, 64)), r"\[N, 3, H, W\], got \[1, 1, 64, 64\]"),
+        (lambda: MobileNetV2(width=0.1)(torch.zeros(1, 3, 0, 64)), r"pixels and shape .*, got \[1, 3, 0, 64\]"),
         (lambda: MobileNetV2(width=0.1)(torch.zeros(3, 64, 64)), r"\[N, 3, H, W\], got \[3, 64, 64\]"),
     ],
 )

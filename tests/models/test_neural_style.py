@@ -13,6 +13,7 @@ from torch import nn
 
 from pyzoo import cli
 from pyzoo.data import read_picture, write_picture
+from pyzoo.models._style_tiles import halo_of
 from pyzoo.models.neural_style import (
     PAPER,
     PORT,
@@ -21,7 +22,6 @@ from pyzoo.models.neural_style import (
     Objective,
     StyleNet,
     content_inversion,
-    halo_of,
     match_colors,
     noise,
     rescale,
@@ -106,6 +106,15 @@ def test_runs_no_further_than_it_must():
     net = tiny()
     net.features[net.index["conv3_1"] + 1].register_forward_hook(lambda *_: pytest.fail("conv3_2 was not asked for"))
     assert list(net(torch.rand(1, 3, 8, 8), ["conv3_1", "conv1_2"])) == ["conv3_1", "conv1_2"]
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 1, 32, 32), torch.zeros(3, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)]
+)
+def test_net_refuses_other_images(images):
+    """Not grey ones, which would pass as three colors, nor bytes, as they are up to 255."""
+    with pytest.raises(ValueError, match=r"^StyleNet: images must be \[N, 3, H, W\] of a floating dtype, .* got \["):
+        tiny()(images)
 
 
 @pytest.mark.parametrize("names", ["torchvision", "caffe"])
@@ -447,6 +456,11 @@ GOOD = torch.full((3, 40, 40), 0.5)
             r"content_layers\['conv1_1'\] must be finite and not negative",
         ),
         ({"content_layers": {}, "style_layers": {}}, ValueError, "a picture and layers of it, one at least"),
+        (
+            {"content_layers": {"conv1_1": 0}, "style_layers": {"conv1_1": 0}},
+            ValueError,
+            "a picture and layers of it, one at least with a weight above 0",
+        ),
         ({"lr": 1e30, "optimizer": "adam"}, FloatingPointError, "not finite after step 2; try a smaller lr"),
     ],
 )
@@ -513,6 +527,22 @@ def test_command_goes_on_from_a_picture(folder, monkeypatch, capsys):
     assert style_command(folder, "--init", str(folder / "out.png")) == 0
 
 
+def test_command_interrupted_before_the_first_step(folder, monkeypatch, capsys):
+    """What is in the file already, maybe what it was to go on from, is left there."""
+    from pyzoo.models import neural_style
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("style_transfer", "style_net"):
+        with monkeypatch.context() as patch:
+            patch.setattr(neural_style, name, interrupted)
+            write_picture(torch.ones(3, 4, 5), folder / "out.png")
+            assert style_command(folder, "--init", str(folder / "out.png")) == 130
+        assert "pyzoo: interrupted" in capsys.readouterr().err
+        assert (read_picture(folder / "out.png") == 1).all()
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I;16"])
 def test_command_takes_pictures_of_any_kind(folder, mode):
     image = pytest.importorskip("PIL.Image")
@@ -548,9 +578,15 @@ def test_pictures_are_turned_and_shrunk(tmp_path):
     [
         ({"content": "none.png"}, "No such file"),
         ({"content": "text.png"}, "cannot identify image file"),
-        ({"content": "cut.png"}, "cut.png|truncated"),
+        ({"content": "cut.png"}, "cannot read .*cut.png: "),
+        ({"content": "float.tif"}, "cannot read .*float.tif: it has 32 bits a pixel"),
+        ({"content": "int.tif"}, "cannot read .*int.tif: it has 32 bits a pixel"),
         ({"content": "dot.png"}, "content must be at least 4 x 4 for conv3_1, got .1, 1"),
+        ({"content": "line.png"}, r"content must be at least 4 x 4 for conv3_1, got .1, 48"),
         ({"out": "out.txt"}, "out.txt must end in .png, .jpg or another"),
+        ({"out": "new/out.xbm"}, "out.xbm must end in .png, .jpg or another"),
+        ({"out": "folder.png"}, "Is a directory.*folder.png|Permission denied.*folder.png"),
+        ({"out": "text.png/out.png"}, "File exists|Not a directory"),
         ({"arguments": ["--init", "none.png"]}, "No such file"),
         ({"arguments": ["--weights", "none.pth"]}, "No such file"),
         ({"arguments": ["--style-layers", "pool1=1"]}, "style_layers must be weights of some of conv1_1"),
@@ -560,6 +596,14 @@ def test_command_says_what_is_wrong(folder, capsys, options, message):
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((folder / "content.png").read_bytes()[:400])
     write_picture(torch.rand(3, 1, 1), folder / "dot.png")
+    write_picture(torch.rand(3, 2, 900), folder / "line.png")
+    (folder / "folder.png").mkdir()
+    image = pytest.importorskip("PIL.Image")
+    image.new("F", (40, 40), 0.5).save(folder / "float.tif")
+    image.new("I", (40, 40), 1000).save(folder / "int.tif")
     assert style_command(folder, *options.pop("arguments", []), **options) == 2
-    assert re.search(f"pyzoo: .*({message})", capsys.readouterr().err)
+    err = capsys.readouterr().err
+    assert re.search(f"pyzoo: .*({message})", err)
+    assert "1/2" not in err  # it does not find out in the end
     assert not (folder / "out.png").exists()
+    assert not (folder / "new").exists()
