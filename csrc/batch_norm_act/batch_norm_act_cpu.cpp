@@ -139,9 +139,9 @@ struct Pointwise {
   int64_t inputs, outputs;
 };
 
-constexpr int64_t kPanel = 64;     // columns of the right matrix of a product that lie together
-constexpr int64_t kDepth = 128;    // terms of one sum: few, for its rounding, and so many rows of a panel stay in the first-level cache
-constexpr int64_t kOutputs = 48;   // of a convolution, whose weights' gradients are one task
+constexpr int64_t kPanel = 64;    // columns of the right matrix of a product that lie together
+constexpr int64_t kDepth = 128;   // terms of one sum: few, for its rounding, and so many rows of a panel stay in the first-level cache
+constexpr int64_t kOutputs = 48;  // of a convolution, whose weights' gradients are one task
 constexpr int64_t kLeastBlocks = 4;
 
 }  // namespace
@@ -246,8 +246,8 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
         [&](int64_t i) {
           const Block block = blocks[i];
           if (conv)
-            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->inputs, conv->outputs, conv->input + blocks.first_pixel(block) * conv->inputs,
-                                 panels, input.ptr<float>() + block.offset);
+            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->inputs, conv->outputs,
+                                 conv->input + blocks.first_pixel(block) * conv->inputs, panels, input.ptr<float>() + block.offset);
           PZ_FOR_ISA_OF(T, template moments<T>)(input.ptr<T>(), block, blocks.planar, &means[blocks.place(i)], &squares[blocks.place(i)]);
         },
         conv ? conv->inputs : 0);
@@ -272,11 +272,12 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
 }
 
 void backward(const Pointwise* conv, float* grad_conv_input, float* grad_conv_weight, const Tensor& grad_output, const Tensor& input,
-              const Tensor& weight, const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var, const Tensor& grad_input,
-              const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
+              const Tensor& weight, const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var,
+              const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps,
+              int activation) {
   check(!output == !grad_residual, "output and grad_residual must be given both or neither");
-  const Blocks blocks =
-      checked(input, {{&grad_output, "grad_output"}, {output, "output"}, {&grad_input, "grad_input"}, {grad_residual, "grad_residual"}}, conv);
+  const Blocks blocks = checked(
+      input, {{&grad_output, "grad_output"}, {output, "output"}, {&grad_input, "grad_input"}, {grad_residual, "grad_residual"}}, conv);
   check_channels(input, {{&weight, "weight"}, {&bias, "bias"}, {&mean, "mean"}, {&var, "var"}});
   check_channels(input, {{&grad_weight, "grad_weight"}, {&grad_bias, "grad_bias"}});
   for (const Tensor* t : {&grad_input, grad_residual})
@@ -319,8 +320,8 @@ void backward(const Pointwise* conv, float* grad_conv_input, float* grad_conv_we
           const Block block = blocks[i];
           PZ_FOR_ISA_OF(T, template differentiate<T>)(grad, x, grad_input.ptr<T>(), block, blocks.planar, scale, bounds, shift, slope);
           if (grad_conv_input)
-            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->outputs, conv->inputs, grad_input.ptr<float>() + block.offset,
-                                 panels, grad_conv_input + blocks.first_pixel(block) * conv->inputs);
+            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->outputs, conv->inputs, grad_input.ptr<float>() + block.offset, panels,
+                                 grad_conv_input + blocks.first_pixel(block) * conv->inputs);
         },
         grad_conv_input ? conv->inputs : 0);
     if (grad_conv_weight) sum_outer(*conv, grad_input.ptr<float>(), blocks.per_channel, grad_conv_weight);
@@ -370,8 +371,8 @@ void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Ten
 void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* output,
                             const Tensor& mean, const Tensor& var, const Tensor& grad_input, const Tensor& grad_weight,
                             const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
-  backward(nullptr, nullptr, nullptr, grad_output, input, weight, bias, output, mean, var, grad_input, grad_weight, grad_bias, grad_residual,
-           eps, activation);
+  backward(nullptr, nullptr, nullptr, grad_output, input, weight, bias, output, mean, var, grad_input, grad_weight, grad_bias,
+           grad_residual, eps, activation);
 }
 
 void pointwise_bn_act_fwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor& input, const Tensor& weight,
