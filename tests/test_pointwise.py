@@ -106,7 +106,8 @@ def test_only_what_learns():
     modules, x, grad, _ = make(1, 8, 12, 5, 5)
     modules[0].weight.requires_grad_(False)
     conv_bn(x, *modules).backward(grad)
-    assert modules[0].weight.grad is None and modules[1].weight.grad is not None
+    assert modules[0].weight.grad is None
+    assert modules[1].weight.grad is not None
     modules[1].requires_grad_(False)
     assert not conv_bn(x, *modules).requires_grad
 
@@ -117,7 +118,7 @@ def test_when_it_is_used():
     for other in ({"bias": True}, {"stride": 2}, {"padding": 1}, {"groups": 2}):
         assert not pointwise.suits(x, nn.Conv2d(64, 96, 1, **{"bias": False, **other}))
     assert not pointwise.suits(x.new_empty(64, 64, 56, 56, device="meta"), modules[0])
-    with pytest.raises(ValueError, match="more than 1 value per channel|more than one value per channel"):
+    with pytest.raises(ValueError, match="more than one value per channel"):
         conv_bn(x[:1, :, :1, :1].contiguous(memory_format=torch.channels_last), *modules)
 
 

@@ -35,7 +35,8 @@ def conv_bn(
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call. On the CPU, for float32 and channels_last, they are kept in the order that the library of
     convolutions wants, and :mod:`pyzoo.nn.winograd` computes what it is faster for. In training, on the CPU, what
-    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`. Results agree to rounding. Modules with
+    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`, and :mod:`pyzoo.nn.pointwise` computes
+    1x1 convolutions together with it where that is faster. Results agree to rounding. Modules with
     hooks and other kinds of modules are called as usual.
 
     Args:
@@ -47,9 +48,15 @@ def conv_bn(
     """
     if type(x) is not Tensor or type(conv) not in FOLDS or has_hooks(conv):
         return _finish(conv(x), bn, activation, residual)
-    if bn is not None and pointwise.suits(x, conv) and _trains(bn, x) and _is_plain(x, conv, _tensors(conv, bn)):
-        if residual is None or (type(residual) is Tensor and residual.dtype == x.dtype):
-            return pointwise.conv_bn_act(x, conv, bn, residual, _statistics(bn), activation)
+    if (
+        bn is not None
+        and _trains(bn, x)
+        and conv.kernel_size == (1, 1)
+        and _is_plain(x, conv, _tensors(conv, bn))
+        and pointwise.suits(x, conv)
+        and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
+    ):
+        return pointwise.conv_bn_act(x, conv, bn, residual, _statistics(bn), activation)
     if bn is not None and (not _is_fixed(bn) or has_hooks(bn)):
         return _finish(conv_bn(x, conv), bn, activation, residual)
     modules = (conv,) if bn is None else (conv, bn)

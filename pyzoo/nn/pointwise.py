@@ -91,7 +91,7 @@ def conv_bn_act(
     statistics: tuple[Tensor, Tensor, float] | None,
     activation: str | None,
 ) -> Tensor:
-    """``activation(norm(conv(x)) + residual)`` with the statistics of the batch, which move running mean and variance as
-    far as ``statistics`` says; differentiable."""
+    """``activation(norm(conv(x)) + residual)`` with the statistics of the batch, which move running mean and variance
+    as far as ``statistics`` says; differentiable."""
     kind = common.activation_index("conv_bn_act", activation)
     return _ConvBNAct.apply(x, conv.weight, norm.weight, norm.bias, residual, statistics, norm.eps, kind)
