@@ -170,6 +170,38 @@ def masked_conv2d_bwd_weight_cpu(
     dilation_x: int,
 ) -> None: ...
 def channel_sum_cpu(map: Array, output: Array) -> None: ...
+def pointwise_bn_act_fwd_cpu(
+    conv_input: Array,
+    conv_weight: Array,
+    input: Array,
+    weight: Array,
+    bias: Array,
+    residual: Array | None,
+    output: Array,
+    mean: Array,
+    var: Array,
+    eps: float,
+    activation: int,
+) -> None: ...
+def pointwise_bn_act_bwd_cpu(
+    conv_input: Array,
+    conv_weight: Array,
+    grad_conv_input: Array | None,
+    grad_conv_weight: Array | None,
+    grad_output: Array,
+    input: Array,
+    weight: Array,
+    bias: Array,
+    output: Array | None,
+    mean: Array,
+    var: Array,
+    grad_input: Array,
+    grad_weight: Array,
+    grad_bias: Array,
+    grad_residual: Array | None,
+    eps: float,
+    activation: int,
+) -> None: ...
 def winograd_weight_size(outputs: int, inputs: int) -> int: ...
 def winograd_weight_cpu(weight: Array, transformed: Array, turned: bool) -> None: ...
 def winograd_conv_cpu(

@@ -19,4 +19,16 @@ void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, cons
                             const Tensor& mean, const Tensor& var, const Tensor& grad_input, const Tensor& grad_weight,
                             const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation);
 
+// The same with the convolution in front whose kernel is one pixel: input = conv_input * conv_weight [K, C, 1, 1] is written, too. float32,
+// all channels_last.
+void pointwise_bn_act_fwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor& input, const Tensor& weight,
+                              const Tensor& bias, const Tensor* residual, const Tensor& output, const Tensor& mean, const Tensor& var,
+                              double eps, int activation);
+
+// Its gradients; those of the convolution, where they are not null, besides.
+void pointwise_bn_act_bwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor* grad_conv_input,
+                              const Tensor* grad_conv_weight, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                              const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var, const Tensor& grad_input,
+                              const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation);
+
 }  // namespace pyzoo

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/feature_map.h"
 #include "common/memory.h"
 #include "common/vec.h"
 
@@ -30,7 +31,8 @@ struct Blocks {
   int64_t segment, segments;
   int64_t count, tasks;
 
-  explicit Blocks(const Tensor& map, bool planar) : planar(planar) {
+  // `least`: so many blocks, where there is something in them.
+  explicit Blocks(const Tensor& map, bool planar, int64_t least = 1) : planar(planar) {
     channels = map.shape[1], pixels = map.shape[2] * map.shape[3], numel = map.numel(), per_channel = map.shape[0] * pixels;
     if (planar) {
       segments = std::max<int64_t>(1, (pixels + kTask - 1) / kTask);
@@ -45,6 +47,7 @@ struct Blocks {
       columns = group * channels;
       rows = per_channel / group;
       in_task = std::max<int64_t>(16, kTask / std::max<int64_t>(1, columns));
+      in_task = std::min(in_task, std::max<int64_t>(1, ceil_div(rows, least)));
       count = tasks = (rows + in_task - 1) / in_task + (rows * group < per_channel);
     }
   }
@@ -62,12 +65,15 @@ struct Blocks {
     if (!planar) return f(task);
     for (int64_t i = task * in_task; i < std::min(count, (task + 1) * in_task); ++i) f(i);
   }
+  // `depth`: so many products for each element besides.
   template <class F>
-  void each(const F& f) const {
+  void each(const F& f, int64_t depth = 0) const {
     // An element counts for more than its arithmetic: it lies in the cache of the thread that wrote it, in the function that just ran.
     constexpr double kFetch = 5;
-    parallel_for_equal(tasks, kFetch * double(numel), [&](int64_t task) { each_in_task(task, f); });
+    parallel_for_equal(tasks, (kFetch + double(depth) / 8) * double(numel), [&](int64_t task) { each_in_task(task, f); });
   }
+  int64_t first_pixel(const Block& block) const { return block.offset / channels; }
+  int64_t pixels_of(const Block& block) const { return block.rows * block.columns / channels; }
   // Where block i keeps its sums: a row of columns, or one place in it.
   int64_t place(int64_t i) const {
     if (!planar) return i * columns;
@@ -124,13 +130,29 @@ struct Scale {
 
 }  // namespace
 
+namespace {
+
+// The convolution in front, with a kernel of one pixel: a product of matrices. Maps in NHWC order.
+struct Pointwise {
+  const float* input;   // [pixels, inputs]
+  const float* weight;  // [outputs, inputs]
+  int64_t inputs, outputs;
+};
+
+constexpr int64_t kPanel = 64;    // columns of the right matrix of a product that lie together
+constexpr int64_t kDepth = 128;   // terms of one sum: few, for its rounding, and so many rows of a panel stay in the first-level cache
+constexpr int64_t kOutputs = 48;  // of a convolution, whose weights' gradients are one task
+constexpr int64_t kLeastBlocks = 4;
+
+}  // namespace
+
 #define PZ_KERNEL "batch_norm_act/batch_norm_act_cpu.inc"
 #include "common/foreach_isa.h"
 
 namespace {
 
 // Checks the maps; which order they are all in.
-Blocks checked(const Tensor& input, std::initializer_list<std::pair<const Tensor*, const char*>> others) {
+Blocks checked(const Tensor& input, std::initializer_list<std::pair<const Tensor*, const char*>> others, const Pointwise* conv) {
   check_tensor(input, "input", 4);
   check_floating(input, "input");
   const auto dense = [](const Tensor& t, std::initializer_list<int> order) {
@@ -154,7 +176,43 @@ Blocks checked(const Tensor& input, std::initializer_list<std::pair<const Tensor
   see(input, "input");
   for (const auto& [t, name] : others)
     if (t) see(*t, name);
+  if (conv) return Blocks(input, false, kLeastBlocks);
   return Blocks(input, !last);
+}
+
+// The right matrix of the product that makes outputs of inputs (`turned`), or gradients of these of those: valid until the next call.
+const float* weight_in_panels(const Pointwise& conv, bool turned) {
+  const int64_t depth = turned ? conv.inputs : conv.outputs, columns = turned ? conv.outputs : conv.inputs;
+  const int64_t panels = ceil_div(columns, kPanel);
+  static thread_local Scratch<float> scratch;
+  float* to = room(scratch, panels * depth * kPanel);
+  parallel_for_equal(panels, double(panels) * double(depth) * kPanel, [&](int64_t p) {
+    const int64_t first = p * kPanel, count = std::min(kPanel, columns - first);
+    if (turned) PZ_FOR_ISA(pack_turned)(conv.weight + first * depth, depth, count, to + first * depth);
+    else PZ_FOR_ISA(pack)(conv.weight + first, columns, depth, count, to + first * depth);
+  });
+  return to;
+}
+
+// grad_weight = grad^T input, the sum over the pixels. Where there are few weights, parts of the sum are tasks, too.
+void sum_outer(const Pointwise& conv, const float* grad, int64_t pixels, float* grad_weight) {
+  const int64_t groups = ceil_div(conv.outputs, kOutputs), tiles = groups * ceil_div(conv.inputs, kPanel);
+  const int64_t parts = std::max<int64_t>(1, std::min(ceil_div(8, tiles), pixels / kDepth));
+  const int64_t part = ceil_div(ceil_div(pixels, parts), kDepth) * kDepth, size = conv.outputs * conv.inputs;
+  static thread_local Scratch<float> scratch;
+  float* sums = parts == 1 ? nullptr : room(scratch, parts * size);
+  parallel_for(parts * groups, double(pixels) * double(size) / 8, [&](int64_t task) {
+    const int64_t p = task / groups, first = task % groups * kOutputs;
+    PZ_FOR_ISA(multiply_turned)(std::min(pixels, p * part), std::min(pixels, (p + 1) * part), grad, conv.outputs, first,
+                                std::min(kOutputs, conv.outputs - first), conv.input, conv.inputs,
+                                parts == 1 ? grad_weight : sums + p * size);
+  });
+  if (parts == 1) return;
+  for (int64_t i = 0; i < size; ++i) {
+    float sum = sums[i];
+    for (int64_t p = 1; p < parts; ++p) sum += sums[p * size + i];
+    grad_weight[i] = sum;
+  }
 }
 
 void check_channels(const Tensor& input, std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
@@ -168,9 +226,11 @@ void check_channels(const Tensor& input, std::initializer_list<std::pair<const T
 
 }  // namespace
 
-void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* residual, const Tensor& output,
-                            const Tensor& mean, const Tensor& var, double eps, int activation) {
-  const Blocks blocks = checked(input, {{residual, "residual"}, {&output, "output"}});
+namespace {
+
+void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* residual,
+             const Tensor& output, const Tensor& mean, const Tensor& var, double eps, int activation) {
+  const Blocks blocks = checked(input, {{residual, "residual"}, {&output, "output"}}, conv);
   check_channels(input, {{&weight, "weight"}, {&bias, "bias"}, {&mean, "mean"}, {&var, "var"}});
   prefer_huge_pages(output.data, output.numel() * dtype_size(output.dtype));
   dispatch_floating(input.dtype, [&](auto zero) {
@@ -181,9 +241,16 @@ void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Ten
       return;
     }
     Scratch<A> means(size_t(blocks.places())), squares(size_t(blocks.places()));
-    blocks.each([&](int64_t i) {
-      PZ_FOR_ISA_OF(T, template moments<T>)(input.ptr<T>(), blocks[i], blocks.planar, &means[blocks.place(i)], &squares[blocks.place(i)]);
-    });
+    const float* panels = conv ? weight_in_panels(*conv, true) : nullptr;
+    blocks.each(
+        [&](int64_t i) {
+          const Block block = blocks[i];
+          if (conv)
+            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->inputs, conv->outputs,
+                                 conv->input + blocks.first_pixel(block) * conv->inputs, panels, input.ptr<float>() + block.offset);
+          PZ_FOR_ISA_OF(T, template moments<T>)(input.ptr<T>(), block, blocks.planar, &means[blocks.place(i)], &squares[blocks.place(i)]);
+        },
+        conv ? conv->inputs : 0);
     // Chan, Golub and LeVeque 1983: the sum of squares around the common mean.
     const double n = double(blocks.per_channel);
     std::vector<double> sum(size_t(blocks.channels)), square(size_t(blocks.channels));
@@ -204,12 +271,13 @@ void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Ten
   });
 }
 
-void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* output,
-                            const Tensor& mean, const Tensor& var, const Tensor& grad_input, const Tensor& grad_weight,
-                            const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
+void backward(const Pointwise* conv, float* grad_conv_input, float* grad_conv_weight, const Tensor& grad_output, const Tensor& input,
+              const Tensor& weight, const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var,
+              const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps,
+              int activation) {
   PZ_CHECK(!output == !grad_residual, "output and grad_residual must be given both or neither");
-  const Blocks blocks =
-      checked(input, {{&grad_output, "grad_output"}, {output, "output"}, {&grad_input, "grad_input"}, {grad_residual, "grad_residual"}});
+  const Blocks blocks = checked(
+      input, {{&grad_output, "grad_output"}, {output, "output"}, {&grad_input, "grad_input"}, {grad_residual, "grad_residual"}}, conv);
   check_channels(input, {{&weight, "weight"}, {&bias, "bias"}, {&mean, "mean"}, {&var, "var"}});
   check_channels(input, {{&grad_weight, "grad_weight"}, {&grad_bias, "grad_bias"}});
   for (const Tensor* t : {&grad_input, grad_residual})
@@ -219,6 +287,7 @@ void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, cons
     using A = acc_t<T>;
     if (blocks.numel == 0) {
       for (const Tensor* t : {&grad_weight, &grad_bias}) std::fill_n(t->ptr<A>(), blocks.channels, A(0));
+      if (grad_conv_weight) std::fill_n(grad_conv_weight, conv->outputs * conv->inputs, 0.0f);
       return;
     }
     const T *x = input.ptr<T>(), *grad = grad_output.ptr<T>();
@@ -234,20 +303,93 @@ void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, cons
     std::vector<double> sum(size_t(blocks.channels)), product(size_t(blocks.channels));
     blocks.each_place([&](int64_t c, int64_t place, int64_t) { sum[c] += sums[place], product[c] += products[place]; });
     const double n = double(blocks.per_channel);
-    const auto rstd = [&](int64_t c) { return 1 / std::sqrt(double(var.ptr<A>()[c]) + eps); };
+    std::vector<double> rstd(size_t(blocks.channels));
     for (int64_t c = 0; c < blocks.channels; ++c) {
-      grad_weight.ptr<A>()[c] = A(product[c] * rstd(c));
+      rstd[c] = 1 / std::sqrt(double(var.ptr<A>()[c]) + eps);
+      grad_weight.ptr<A>()[c] = A(product[c] * rstd[c]);
       grad_bias.ptr<A>()[c] = A(sum[c]);
     }
     // grad_input = factor * (grad - mean(grad) - (x - mean) * rstd^2 * mean(grad * (x - mean))), Ioffe and Szegedy 2015, section 3
-    const Columns<A> shift(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd(c) * sum[c] / n); });
-    const Columns<A> slope(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd(c) * rstd(c) * rstd(c) * product[c] / n); });
+    const Columns<A> shift(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd[c] * sum[c] / n); });
+    const Columns<A> slope(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd[c] * rstd[c] * rstd[c] * product[c] / n); });
     if (grad_residual) grad = grad_residual->ptr<T>();
     const Bounds<A> bounds(grad_residual ? 0 : activation);
-    blocks.each([&](int64_t i) {
-      PZ_FOR_ISA_OF(T, template differentiate<T>)(grad, x, grad_input.ptr<T>(), blocks[i], blocks.planar, scale, bounds, shift, slope);
-    });
+    const float* panels = grad_conv_input ? weight_in_panels(*conv, false) : nullptr;
+    blocks.each(
+        [&](int64_t i) {
+          const Block block = blocks[i];
+          PZ_FOR_ISA_OF(T, template differentiate<T>)(grad, x, grad_input.ptr<T>(), block, blocks.planar, scale, bounds, shift, slope);
+          if (grad_conv_input)
+            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->outputs, conv->inputs, grad_input.ptr<float>() + block.offset, panels,
+                                 grad_conv_input + blocks.first_pixel(block) * conv->inputs);
+        },
+        grad_conv_input ? conv->inputs : 0);
+    if (grad_conv_weight) sum_outer(*conv, grad_input.ptr<float>(), blocks.per_channel, grad_conv_weight);
   });
+}
+
+Pointwise checked_conv(const Tensor& input, const Tensor& weight, const Tensor& output) {
+  const auto matrix = [](const Tensor& t, const char* name) {
+    check_tensor(t, name, 4);
+    check_cpu(t, name);
+    check_dtype(t, name, DType::f32);
+    int64_t stride = 1;
+    for (int d : {1, 3, 2, 0}) {
+      PZ_CHECK(t.shape[d] == 1 || t.stride[d] == stride || t.numel() == 0, std::string(name) + " must be channels_last");
+      stride *= t.shape[d];
+    }
+  };
+  matrix(input, "conv_input"), matrix(weight, "conv_weight"), matrix(output, "input");
+  PZ_CHECK(input.shape[0] == output.shape[0] && input.shape[2] == output.shape[2] && input.shape[3] == output.shape[3],
+           "conv_input must have the images and pixels of input, " + output.shape_string() + ", got " + input.shape_string());
+  PZ_CHECK(weight.shape[0] == output.shape[1] && weight.shape[1] == input.shape[1] && weight.shape[2] == 1 && weight.shape[3] == 1,
+           "conv_weight must have shape [" + std::to_string(output.shape[1]) + ", " + std::to_string(input.shape[1]) + ", 1, 1], got " +
+               weight.shape_string());
+  return {input.ptr<float>(), weight.ptr<float>(), input.shape[1], output.shape[1]};
+}
+
+float* checked_like(const Tensor* t, const Tensor& like, const char* name) {
+  if (!t) return nullptr;
+  check_cpu(*t, name);
+  check_dtype(*t, name, DType::f32);
+  PZ_CHECK(t->ndim == 4 && std::equal(t->shape, t->shape + 4, like.shape), std::string(name) + " must have shape " + like.shape_string());
+  int64_t stride = 1;
+  for (int d : {1, 3, 2, 0}) {
+    PZ_CHECK(t->shape[d] == 1 || t->stride[d] == stride || t->numel() == 0, std::string(name) + " must be channels_last");
+    stride *= t->shape[d];
+  }
+  return t->ptr<float>();
+}
+
+}  // namespace
+
+void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* residual, const Tensor& output,
+                            const Tensor& mean, const Tensor& var, double eps, int activation) {
+  forward(nullptr, input, weight, bias, residual, output, mean, var, eps, activation);
+}
+
+void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* output,
+                            const Tensor& mean, const Tensor& var, const Tensor& grad_input, const Tensor& grad_weight,
+                            const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
+  backward(nullptr, nullptr, nullptr, grad_output, input, weight, bias, output, mean, var, grad_input, grad_weight, grad_bias,
+           grad_residual, eps, activation);
+}
+
+void pointwise_bn_act_fwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor& input, const Tensor& weight,
+                              const Tensor& bias, const Tensor* residual, const Tensor& output, const Tensor& mean, const Tensor& var,
+                              double eps, int activation) {
+  const Pointwise conv = checked_conv(conv_input, conv_weight, input);
+  forward(&conv, input, weight, bias, residual, output, mean, var, eps, activation);
+}
+
+void pointwise_bn_act_bwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor* grad_conv_input,
+                              const Tensor* grad_conv_weight, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                              const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var, const Tensor& grad_input,
+                              const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
+  const Pointwise conv = checked_conv(conv_input, conv_weight, input);
+  backward(&conv, checked_like(grad_conv_input, conv_input, "grad_conv_input"),
+           checked_like(grad_conv_weight, conv_weight, "grad_conv_weight"), grad_output, input, weight, bias, output, mean, var, grad_input,
+           grad_weight, grad_bias, grad_residual, eps, activation);
 }
 
 }  // namespace pyzoo

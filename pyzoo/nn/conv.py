@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import winograd
+from pyzoo.nn import pointwise, winograd
 from pyzoo.nn.batch_norm import FrozenBatchNorm2d
 from pyzoo.ops.batch_norm_act import batch_norm_act
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
@@ -35,7 +35,8 @@ def conv_bn(
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call. On the CPU, for float32 and channels_last, they are kept in the order that the library of
     convolutions wants, and :mod:`pyzoo.nn.winograd` computes what it is faster for. In training, on the CPU, what
-    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`. Results agree to rounding. Modules with
+    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`, and :mod:`pyzoo.nn.pointwise` computes
+    1x1 convolutions together with it where that is faster. Results agree to rounding. Modules with
     hooks and other kinds of modules are called as usual.
 
     Args:
@@ -47,10 +48,19 @@ def conv_bn(
     """
     if type(x) is not Tensor or type(conv) not in FOLDS or has_hooks(conv):
         return _finish(conv(x), bn, activation, residual)
+    if (
+        bn is not None
+        and _trains(bn, x)
+        and conv.kernel_size == (1, 1)
+        and _is_plain(x, conv, _tensors(conv, bn))
+        and pointwise.suits(x, conv)
+        and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
+    ):
+        return pointwise.conv_bn_act(x, conv, bn, residual, _statistics(bn), activation)
     if bn is not None and (not _is_fixed(bn) or has_hooks(bn)):
         return _finish(conv_bn(x, conv), bn, activation, residual)
     modules = (conv,) if bn is None else (conv, bn)
-    made_from = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    made_from = _tensors(*modules)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
     is_plain = _is_plain(x, conv, made_from)
     fast = is_plain and winograd.suits(x, conv)
@@ -76,6 +86,10 @@ def conv_bn(
     else:
         out = conv._conv_forward(x, weight, bias)
     return _finish(out, None, activation, residual)
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
 
 
 def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tensor], how: str) -> tuple:
@@ -116,12 +130,18 @@ def _trains(bn: nn.Module, x: Tensor) -> bool:
 
 
 def _batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, activation: str | None, residual: Tensor | None) -> Tensor:
-    statistics, momentum = {}, bn.momentum
-    if bn.training and bn.track_running_stats:
-        bn.num_batches_tracked.add_(1)
-        momentum = 1 / float(bn.num_batches_tracked) if momentum is None else momentum
-        statistics = {"running_mean": bn.running_mean, "running_var": bn.running_var, "momentum": momentum}
+    mean, var, momentum = _statistics(bn) or (None, None, 0.0)
+    statistics = {"running_mean": mean, "running_var": var, "momentum": momentum}
     return batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps, activation=activation, **statistics)
+
+
+def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float] | None:
+    """What this batch is to move, and how far; it is counted."""
+    if not (bn.training and bn.track_running_stats):
+        return None
+    bn.num_batches_tracked.add_(1)
+    momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    return bn.running_mean, bn.running_var, momentum
 
 
 ACTIVATE = {
