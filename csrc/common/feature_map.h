@@ -35,13 +35,13 @@ struct FeatureMap {
     images = t.shape[0], channels = t.shape[1], height = t.shape[2], width = t.shape[3];
     image_stride = t.stride[0], channel_stride = t.stride[1], row_stride = t.stride[2], pixel_stride = t.stride[3];
     settle_strides(height, width, row_stride, pixel_stride);
-    check(height * width <= INT32_MAX, std::string(name) + ": height x width must be below 2^31, got shape " + t.shape_string());
+    check(height * width <= INT32_MAX, name, ": height x width must be below 2^31, got shape ", t);
   }
   PZ_HD int64_t pixels() const { return height * width; }
   PZ_HD bool channels_last() const { return channel_stride == 1 || channels == 1; }
   void check_written(const char* name) const {
-    check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())),
-          std::string(name) + " must be contiguous or channels_last");
+    check(pixels() == 0 || (row_stride == width * pixel_stride && (pixel_stride == 1 || channels_last())), name,
+          " must be contiguous or channels_last");
   }
   // The address of an image from channel c on.
   template <class T>
@@ -91,9 +91,12 @@ struct Pooled {
     const int64_t line = 64 / dtype_size(dtype);
     return channels % line == 0 && bin_stride % line == 0 && roi_stride % line == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
   }
-  void check_written(const char* name) const {
-    check(planar() || channels_last(), std::string(name) + " must be contiguous or channels_last");
-  }
+  void check_written(const char* name) const { check(planar() || channels_last(), name, " must be contiguous or channels_last"); }
+};
+
+struct ImageRange {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
 };
 
 // Pixels of an axis.
@@ -108,7 +111,7 @@ struct Rois {
   int64_t boxes, box_stride, column_stride;
 
   explicit Rois(const Tensor& t, DeviceType device = DeviceType::cpu) {
-    check(t.ndim == 2 && t.shape[1] == 5, "boxes must have shape [K, 5], got " + t.shape_string());
+    check(t.ndim == 2 && t.shape[1] == 5, "boxes must have shape [K, 5], got ", t);
     check_device(t, "boxes", device);
     check_floating(t, "boxes");
     data = t.data, dtype = t.dtype;
@@ -129,15 +132,14 @@ struct Rois {
     std::vector<int32_t> all(count());
     for (int64_t k = 0; k < count(); ++k) {
       all[k] = image(k, count_images);
-      check(all[k] >= 0, "boxes: batch index must be in [0, " + std::to_string(count_images) + "), got " +
-                             std::to_string(at<double>(k, 0)) + " in row " + std::to_string(k));
+      check(all[k] >= 0, "boxes: batch index must be in [0, ", count_images, "), got ", at<double>(k, 0), " in row ", k);
     }
     return all;
   }
 };
 
-// The order in which boxes are worked on: group by group (a group is an image of a level), and within a group along the map, so
-// that neighbours find their pixels in the cache. The order of sums in the backward pass, too: it depends on the boxes alone.
+// The order in which boxes are worked on: group by group (a group is a level of an image, image after image), and within a group along the
+// map, so that neighbours find their pixels in the cache. The order of sums in the backward pass, too: it depends on the boxes alone.
 struct BoxOrder {
   std::vector<int64_t> members;  // of group g: [first[g], first[g + 1])
   std::vector<int64_t> first;
