@@ -94,11 +94,6 @@ struct Pooled {
   void check_written(const char* name) const { check(planar() || channels_last(), name, " must be contiguous or channels_last"); }
 };
 
-struct ImageRange {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
 // Pixels of an axis.
 struct PixelRange {
   int32_t begin, end;
@@ -138,7 +133,7 @@ struct Rois {
   }
 };
 
-// The order in which boxes are worked on: group by group (a group is a level of an image, image after image), and within a group along the
+// The order in which boxes are worked on: group by group (a group is an image of a level), and within a group along the
 // map, so that neighbours find their pixels in the cache. The order of sums in the backward pass, too: it depends on the boxes alone.
 struct BoxOrder {
   std::vector<int64_t> members;  // of group g: [first[g], first[g + 1])

@@ -24,7 +24,7 @@ constexpr double kWorthAThread = 300000;  // about 50 us: waking a sleeping pool
 template <bool kEqual, class F>
 void run_parallel(int64_t n, double work, F&& f) {
 #ifdef _OPENMP
-  if (n > 1 && work > kWorthAThread && max_threads() > 1 && !omp_in_parallel()) {
+  if (n > 1 && work > kWorthAThread && max_threads() > 1) {
     std::exception_ptr error;  // must not leave the parallel region
     const auto call = [&](int64_t i) {
       try {

@@ -48,7 +48,7 @@ RoiAlignTaps<A> make_taps(const Rois& boxes, const std::vector<FeatureMap>& maps
 template <class A>
 BoxOrder order_boxes(const RoiAlignTaps<A>& table, const std::vector<int32_t>& image, const std::vector<FeatureMap>& maps) {
   std::vector<int32_t> group(image);
-  for (size_t k = 0; k < group.size(); ++k) group[k] = group[k] * int32_t(maps.size()) + table.level[k];
+  for (size_t k = 0; k < group.size(); ++k) group[k] += int32_t(table.level[k] * maps[0].images);
   return BoxOrder(group, int64_t(maps.size()) * maps[0].images, [&](int64_t k) {
     const RoiTaps<A>& roi = table.rois[k];
     return roi.empty() ? std::pair{0, 0} : std::pair{roi.y.first, roi.x.first};
