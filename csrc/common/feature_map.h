@@ -136,8 +136,8 @@ struct Rois {
   }
 };
 
-// The order in which boxes are worked on: group by group (a group is an image of a level), and within a group along the map, so
-// that neighbours find their pixels in the cache. The order of sums in the backward pass, too: it depends on the boxes alone.
+// The order in which boxes are worked on: group by group (a group is an image of a level), and within a group along the
+// map, so that neighbours find their pixels in the cache. The order of sums in the backward pass, too: it depends on the boxes alone.
 struct BoxOrder {
   std::vector<int64_t> members;  // of group g: [first[g], first[g + 1])
   std::vector<int64_t> first;

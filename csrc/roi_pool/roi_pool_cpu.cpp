@@ -98,56 +98,63 @@ struct BinTable {
   }
 };
 
-// The pixels of the bins of a box, bin after bin, row-major, as offsets into a buffer: made once for many channels, so that the kernels
-// have one loop for each bin.
+// The pixels of the bins of a box, row-major, as offsets into a buffer: made once for many channels, so that the kernels have one loop
+// for each bin. Rows of bins with equally many rows of pixels share one list, which counts from where the row begins.
 struct BinPixels {
-  struct Range {
-    int32_t begin, end;
-    int32_t skipped;  // pixels of the bin before the first that is listed
+  struct Bin {
+    int32_t begin, end;  // in the list
+    int32_t columns;
   };
-  std::vector<Range> bins;
-  std::vector<int64_t> at;
-  std::vector<int32_t> number;  // y * width + x
+  struct Row {
+    int32_t height;
+    int32_t bins;     // where its bins begin
+    int32_t skipped;  // rows of pixels before the first that is listed
+    int32_t number;   // y * width of that
+    int64_t offset;   // of that
+  };
+  Scratch<Row> rows;
+  Scratch<Bin> bins;
+  Scratch<int64_t> at;
+  Scratch<int32_t> number;  // y * width + x, if wanted
 
-  // Those of the given rows of bins that lie in the given rows of pixels. Pixel (y, x) is at y * row_stride + x * pixel_stride - origin.
-  BinPixels(const BoxBins& box, Span bin_rows, Span rows, int64_t row_stride, int64_t pixel_stride, int64_t origin = 0) {
-    each(box, bin_rows, rows, row_stride, pixel_stride, at, [origin](int64_t offset) { return offset - origin; });
-  }
-  void add_numbers(const BoxBins& box, Span bin_rows, const FeatureMap& map) {
-    each(box, bin_rows, {0, int32_t(map.height)}, map.width, 1, number, [](int64_t offset) { return int32_t(offset); });
+  // Lists the given rows of bins, as far as they lie in the given rows of pixels. Pixel (y, x) is at y * row_stride + x * pixel_stride.
+  void list(const BoxBins& box, Span bin_rows, Span pixels, int64_t row_stride, int64_t pixel_stride, int32_t width,
+            bool numbered = false) {
+    rows.clear(), bins.clear();
+    int32_t columns = 0, listed = 0;
+    for (int p = 0; p < box.bins_x; ++p) columns += int32_t(box.x[p].size());
+    for (int p = bin_rows.begin; p < bin_rows.end; ++p) {
+      const int32_t y = std::max(box.y[p].begin, pixels.begin), height = std::max(0, std::min(box.y[p].end, pixels.end) - y);
+      const auto like = std::find_if(rows.begin(), rows.end(), [height](const Row& row) { return row.height == height; });
+      const bool listed_before = like != rows.end();
+      rows.push_back({height, listed_before ? like->bins : int32_t(bins.size()), y - box.y[p].begin, y * width, y * row_stride});
+      if (listed_before) continue;
+      const size_t room = size_t(listed + int64_t(height) * columns + kAtOnce);
+      at.resize(room), number.resize(numbered ? room : 0);
+      for (int px = 0; px < box.bins_x; ++px) {
+        const Span x{box.x[px].begin, box.x[px].begin + int32_t(box.x[px].size())};
+        const int32_t begin = listed;
+        for (int32_t row = 0; row < height; ++row, listed += x.end - x.begin) {
+          write_run(at.data() + listed, row * row_stride + x.begin * pixel_stride, pixel_stride, x.end - x.begin);
+          if (numbered) write_run(number.data() + listed, row * width + x.begin, 1, x.end - x.begin);
+        }
+        bins.push_back({begin, listed, x.end - x.begin});
+      }
+    }
   }
   // Where in the list the pixel of a position in the bin is, -1 if nowhere.
-  static int32_t find(const Range& bin, int32_t position) {
-    const int32_t i = position - bin.skipped;
+  static int32_t find(const Row& row, const Bin& bin, int32_t position) {
+    const int32_t i = position - row.skipped * bin.columns;
     return i >= 0 && i < bin.end - bin.begin ? bin.begin + i : -1;
   }
 
  private:
-  template <class Offset, class F>
-  void each(const BoxBins& box, Span bin_rows, Span rows, int64_t row_stride, int64_t pixel_stride, std::vector<Offset>& out, const F& f) {
-    constexpr int kAtOnce = 4;  // written whatever the width, to spare a branch that nothing predicts
-    int64_t height = 0, width = 0;
-    for (int p = bin_rows.begin; p < bin_rows.end; ++p)
-      height += std::max(0, std::min(box.y[p].end, rows.end) - std::max(box.y[p].begin, rows.begin));
-    for (int p = 0; p < box.bins_x; ++p) width += std::max(0, box.x[p].end - box.x[p].begin);
-    out.resize(size_t(height * width + kAtOnce));
-    bins.resize(size_t((bin_rows.end - bin_rows.begin) * box.bins_x));
-    Offset* next = out.data();
-    Range* range = bins.data();
-    for (int py = bin_rows.begin; py < bin_rows.end; ++py) {
-      const int32_t first = std::max(box.y[py].begin, rows.begin), last = std::min(box.y[py].end, rows.end);
-      for (int px = 0; px < box.bins_x; ++px, ++range) {
-        const int32_t begin = box.x[px].begin, columns = std::max(0, box.x[px].end - begin);
-        range->begin = int32_t(next - out.data());
-        for (int32_t row = first; row < last; ++row, next += columns) {
-          const int64_t offset = row * row_stride + begin * pixel_stride;
-          for (int32_t i = 0; i < kAtOnce; ++i) next[i] = f(offset + i * pixel_stride);
-          for (int32_t i = kAtOnce; i < columns; ++i) next[i] = f(offset + i * pixel_stride);
-        }
-        range->end = int32_t(next - out.data());
-        range->skipped = (first - box.y[py].begin) * columns;
-      }
-    }
+  static constexpr int32_t kAtOnce = 4;  // written whatever the width, to spare a branch that nothing predicts
+
+  template <class Offset>
+  static void write_run(Offset* out, int64_t first, int64_t step, int32_t columns) {
+    for (int32_t i = 0; i < kAtOnce; ++i) out[i] = Offset(first + i * step);
+    for (int32_t i = kAtOnce; i < columns; ++i) out[i] = Offset(first + i * step);
   }
 };
 
