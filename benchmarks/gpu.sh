@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # make gpu: what only a GPU can show, in ten minutes, on a machine with torch, torchvision, Triton, pytest and no network.
 # Builds the core in place, runs the battery of tests on CUDA tensors, compiled kernels and Triton's, one process for each
-# operator, and times the quick cases. Logs: out/gpu; figures: benchmarks/results/<gpu>-<dtype>.json. TUNE=1 tunes Triton's
-# first. Whatever fails, the rest runs.
+# operator, and times the quick cases. Logs: out/gpu; figures: benchmarks/results/<gpu>-<dtype>.json, those of float32 in
+# README.md, too. TUNE=1 tunes Triton's first. Whatever fails, the rest runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -62,4 +62,5 @@ bench() { # BACKEND DTYPE SECONDS FILE
 bench cuda float32 500 ""
 bench cuda bfloat16 550 ""
 bench triton float32 585 -triton
+"$PYTHON" -m benchmarks.readme_table "benchmarks/results/$gpu-float32.json" || failed=1
 exit $failed

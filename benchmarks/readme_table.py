@@ -1,5 +1,6 @@
 """Writes the tables of README.md: ``python -m benchmarks.readme_table`` that of the models, as ``pyzoo models`` prints
-it; with ``benchmarks/results/NAME.json``, which ``pyzoo bench --json FILE`` writes, that of the ratios, too.
+it; with ``benchmarks/results/NAME.json``, which ``pyzoo bench --json FILE`` and ``make gpu`` write, that of the ratios
+on a CPU or on a GPU.
 """
 
 from __future__ import annotations
@@ -7,8 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-from pyzoo.models._registry import table as models_table
 
 from . import suite
 from .suite import format_ratio
@@ -39,14 +38,18 @@ def insert(text: str, mark: str, content: str) -> str:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         sys.exit(__doc__)
-    text = insert(README.read_text(), "models", models_table())
+    text = README.read_text()
     if argv:
         document = json.loads(Path(argv[0]).read_text())
         if problems := suite.problems(document["results"]):
             sys.exit("\n".join(problems))
         if busy := suite.busy(document):
             print(busy, file=sys.stderr)
-        text = insert(text, "bench", table(document))
+        text = insert(text, "gpu" if "gpu" in document["machine"] else "bench", table(document))
+    else:
+        from pyzoo.models._registry import table as models_table
+
+        text = insert(text, "models", models_table())
     README.write_text(text)
     return 0
 

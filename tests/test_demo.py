@@ -121,10 +121,11 @@ def test_readme_names_files_that_exist(readme):
         assert (ROOT / target).exists() or target == "docs/conformance.md", target
 
 
-def test_readme_table_is_written_between_its_marks(readme):
-    written = readme_table.insert(readme, "bench", "| a table |")
+@pytest.mark.parametrize("mark", ["bench", "gpu"])
+def test_readme_table_is_written_between_its_marks(readme, mark):
+    written = readme_table.insert(readme, mark, "| a table |")
     assert written.count("| a table |") == 1
-    assert readme_table.insert(written, "bench", "") == readme_table.insert(readme, "bench", "")
+    assert readme_table.insert(written, mark, "") == readme_table.insert(readme, mark, "")
     with pytest.raises(ValueError, match="bench:begin"):
         readme_table.insert("nothing", "bench", "| a table |")
 
