@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import conv_bn
+from pyzoo.nn import conv, conv_bn
 
 
 def make(channels=6, out=8, size=3, batch_norm=True, seed=0, **options):
@@ -114,6 +114,16 @@ def test_weights_change():
             close(fused(modules, x), plain(modules, x))
     with torch.no_grad():
         close(fused(copy.deepcopy(modules), x), plain(modules, x))
+
+
+def test_kept_weights_are_freed():
+    modules, x = make(), image()
+    with torch.no_grad():
+        expected = fused(modules, x)
+        assert modules[0] in conv._KEPT
+        conv.forget(nn.Sequential(modules))
+        assert modules[0] not in conv._KEPT
+        assert torch.equal(fused(modules, x), expected)
 
 
 def test_inference_weights():

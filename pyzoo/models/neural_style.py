@@ -15,7 +15,7 @@ Without trained weights filters are random, which is enough for textures; see :d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from pyzoo.models._style_colors import luminance_of, match_colors, with_luminanc
 from pyzoo.models._style_tiles import Tiles
 from pyzoo.models._style_weights import load, randomize, rescale, resize
 from pyzoo.models.vgg import INPUTS, layer_index, make_features, prepare, run
+from pyzoo.nn.conv import forget
 from pyzoo.ops import gram_loss
 
 CONTENT = {"conv4_2": 0.05}
@@ -63,14 +64,19 @@ class StyleNet(nn.Module):
 
     def forward(self, images: Tensor, layers: Iterable[str] | None = None) -> dict[str, Tensor]:
         """No layer after the last of ``layers`` (by default all) is run."""
+        layers = list(self.index) if layers is None else list(layers)
+        maps = dict(self.walk(images, layers))
+        return {name: maps[name] for name in layers}
+
+    def walk(self, images: Tensor, layers: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Names and maps of these layers, each before the next is run."""
         if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
             got = f"{list(images.shape)} of {images.dtype}"
             raise ValueError(f"StyleNet: images must be [N, 3, H, W] of a floating dtype, in [0, 1], got {got}")
-        layers = list(self.index) if layers is None else list(layers)
-        maps = {self.index[name]: images for name in layers}
-        x = prepare(images, self.inputs).contiguous(memory_format=torch.channels_last)
-        run(self.features[: max(maps, default=-1) + 1], x, maps)
-        return {name: maps[self.index[name]] for name in layers}
+        x, start = prepare(images, self.inputs).contiguous(memory_format=torch.channels_last), 0
+        for end, name in sorted((self.index[name] + 1, name) for name in set(layers)):
+            x, start = run(self.features[start:end], x), end
+            yield name, x
 
     def stride(self, layer: str) -> int:
         return 2 ** (int(layer[4]) - 1)
@@ -135,21 +141,21 @@ class Objective:
         with torch.no_grad():
             self.content = {} if content is None else self.tiles.maps(content, self.content_layers)
             self.style = {} if style is None else self.tiles.grams(style, self.style_layers)
+        forget(net)  # a step keeps its maps, and has no room for more
 
     def backward(self, image: Tensor) -> dict[str, float]:
         """Both losses; the gradient of their sum becomes ``image.grad``."""
         return (self._backward_whole if self.tiles.tile is None else self._backward_tiled)(image)
 
     def _backward_whole(self, image: Tensor) -> dict[str, float]:
-        maps = self.net(image, self.layers)
-        content = sum((self._content_loss(name, maps[name]) for name in self.content_layers), image.new_zeros(()))
-        style = sum(
-            (
-                w * maps[name].shape[1] ** 2 / 4 * gram_loss(maps[name], self.style[name])
-                for name, w in self.style_layers.items()
-            ),
-            image.new_zeros(()),
-        )
+        content = style = image.new_zeros(())
+        # Each loss before the next layer: autograd then makes its gradient just before that of its layer.
+        for name, maps in self.net.walk(image, self.layers):
+            if name in self.content_layers:
+                content = content + self._content_loss(name, maps)
+            if name in self.style_layers:
+                weight = self.style_layers[name] * maps.shape[1] ** 2 / 4
+                style = style + weight * gram_loss(maps, self.style[name])
         image.grad = torch.autograd.grad(content + style, image)[0].contiguous()  # as L-BFGS wants it
         return {"content": content.item(), "style": style.item()}
 
@@ -157,6 +163,7 @@ class Objective:
         """First the Gram matrices, without a gradient; the gradient in them is that in the maps of each tile."""
         with torch.no_grad():
             grams = self.tiles.grams(image, self.style_layers)
+            forget(self.net)
             difference = {name: gram - self.style[name] for name, gram in grams.items()}
         style = sum(w / 4 * difference[name].square().sum().item() for name, w in self.style_layers.items())
         content = 0.0

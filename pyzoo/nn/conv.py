@@ -106,6 +106,13 @@ def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tens
     return kept[how][1:]
 
 
+def forget(module: nn.Module) -> None:
+    """Frees what inference keeps of the convolutions of a module, up to four times their weights; the next makes it
+    again."""
+    for m in module.modules():
+        _KEPT.pop(m, None)
+
+
 def _finish(out: Tensor, bn: nn.Module | None, activation: str | None, residual: Tensor | None) -> Tensor:
     """What follows the convolution, over its output where that is possible."""
     if bn is not None:

@@ -4,12 +4,14 @@ the command."""
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from pyzoo import cli
 from pyzoo.data import read_picture, write_picture
@@ -30,6 +32,7 @@ from pyzoo.models.neural_style import (
     texture_synthesis,
 )
 from pyzoo.models.vgg import layer_index, prepare
+from pyzoo.nn.conv import forget
 
 CONVS = [f"conv{b}_{i}" for b, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1)]
 
@@ -242,6 +245,21 @@ def test_gradient_in_the_maps():
         expected = torch.autograd.grad(pre["out"], image, in_maps)[0]
         Objective(net, content, style, *wanted, "sum").backward(image)
         close(image.grad, expected, 1e-12)
+
+
+def test_a_step_keeps_maps_and_little_more():
+    """Not the gradients of all losses at once, which would be half as much again."""
+    image = pictures((192, 256))[0][None].requires_grad_()
+    net = tiny()
+    objective = Objective(net, image.detach(), image.detach(), {"conv4_2": 1.0}, STYLE)
+    with torch.no_grad():
+        kept = sum(maps.nbytes for name, maps in net(image).items() if name <= "conv5_1")
+    forget(net)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        objective.backward(image)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    peak = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    assert kept < peak < 1.4 * kept  # 1.3: with outputs of pools, and the two gradients of a layer
 
 
 @pytest.mark.parametrize("tile", [None, 32])
