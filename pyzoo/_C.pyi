@@ -35,6 +35,9 @@ def batch_norm_act_fwd_cpu(
     output: Array,
     mean: Array,
     var: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
     eps: float,
     activation: int,
 ) -> None: ...
@@ -180,6 +183,9 @@ def pointwise_bn_act_fwd_cpu(
     output: Array,
     mean: Array,
     var: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float,
     eps: float,
     activation: int,
 ) -> None: ...

@@ -82,7 +82,7 @@ class Kernel:
 
     def exists(self, device) -> bool:
         """Whether there is one for tensors of ``device``, had none been forced."""
-        return any(why_not(name, self.op, self.name, device.type) is None for name in DEFAULT.get(device.type, ()))
+        return _exists(self.op, self.name, device.type)
 
     def _find(self, device: str) -> Callable:
         if forced == "reference":
@@ -100,6 +100,11 @@ class Kernel:
     @functools.cached_property
     def _of_triton(self) -> Callable:
         return getattr(importlib.import_module(f"pyzoo.kernels.{self.op}"), self.name)
+
+
+@functools.cache
+def _exists(op: str, kernel: str, device: str) -> bool:
+    return any(why_not(name, op, kernel, device) is None for name in DEFAULT.get(device, ()))
 
 
 def runs_on_core(device) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import conv, conv_bn
+from pyzoo.nn import DepthwiseConv2d, conv, conv_bn
 
 
 def make(channels=6, out=8, size=3, batch_norm=True, seed=0, **options):
@@ -106,6 +106,7 @@ def test_weights_change():
         lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones_like(m[0].weight))),
         lambda m: m.to(memory_format=torch.channels_last),
         lambda m: m.bfloat16().float(),
+        lambda m: setattr(m[0].weight, "data", setattr(m[0].weight, "data", torch.empty(0)) or torch.randn(8, 6, 3, 3)),
     ]
     with torch.no_grad():
         fused(modules, x)
@@ -143,6 +144,18 @@ def test_training_statistics():
     with torch.no_grad():
         close(fused(modules, x), plain(other, x))
     close(modules[1].running_mean, other[1].running_mean)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv2d(6, 8, 1, bias=False), DepthwiseConv2d(6, 3, bias=False)], ids=["1x1", "3x3"])
+def test_evaluation_after_training(conv):
+    """What was kept is made again from the statistics that have moved."""
+    modules = nn.ModuleList([conv, nn.BatchNorm2d(conv.out_channels)]).eval()
+    with torch.no_grad():
+        before = fused(modules, image())
+        fused(modules.train(), image())
+        modules.eval()
+        assert (fused(modules, image()) - before).abs().max() > 1e-3
+        close(fused(modules, image()), plain(modules, image()))
 
 
 @pytest.mark.parametrize("which", [0, 1])

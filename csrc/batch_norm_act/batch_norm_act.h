@@ -9,9 +9,10 @@ namespace pyzoo {
 // depthwise convolution: none, relu, relu6.
 
 // Writes output = activation((input - mean) * rstd * weight + bias [+ residual]), where rstd = (var + eps)^-1/2, and mean and var [C],
-// those of the batch (not the estimate for more than it).
+// those of the batch (not the estimate for more than it). Running statistics [C] move towards them, momentum of the way.
 void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* residual, const Tensor& output,
-                            const Tensor& mean, const Tensor& var, double eps, int activation);
+                            const Tensor& mean, const Tensor& var, const Tensor* running_mean, const Tensor* running_var, double momentum,
+                            double eps, int activation);
 
 // The gradients; grad_input may lie where grad_output does. With a residual and an activation, output says where that was closed, and
 // grad_residual takes its gradient; else they are null, and the gradient of a residual is grad_output.
@@ -23,7 +24,7 @@ void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, cons
 // all channels_last.
 void pointwise_bn_act_fwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor& input, const Tensor& weight,
                               const Tensor& bias, const Tensor* residual, const Tensor& output, const Tensor& mean, const Tensor& var,
-                              double eps, int activation);
+                              const Tensor* running_mean, const Tensor* running_var, double momentum, double eps, int activation);
 
 // Its gradients; those of the convolution, where they are not null, besides.
 void pointwise_bn_act_bwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor* grad_conv_input,

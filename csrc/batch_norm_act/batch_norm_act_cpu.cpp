@@ -3,17 +3,20 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "common/feature_map.h"
 #include "common/memory.h"
 #include "common/vec.h"
+#include "pointwise/pointwise.h"
 
 namespace pyzoo {
 
 namespace {
 
 constexpr int64_t kTask = 32768;  // elements: what a task reads first from memory is in the second-level cache when it comes back to it
+constexpr int64_t kLeastBlocks = 4;  // where a convolution makes them, which is work enough to share
 
 // Some elements of a map, in which those of one column are normalised alike. A column is a channel, or one of several copies of it.
 struct Block {
@@ -130,22 +133,6 @@ struct Scale {
 
 }  // namespace
 
-namespace {
-
-// The convolution in front, with a kernel of one pixel: a product of matrices. Maps in NHWC order.
-struct Pointwise {
-  const float* input;   // [pixels, inputs]
-  const float* weight;  // [outputs, inputs]
-  int64_t inputs, outputs;
-};
-
-constexpr int64_t kPanel = 64;    // columns of the right matrix of a product that lie together
-constexpr int64_t kDepth = 128;   // terms of one sum: few, for its rounding, and so many rows of a panel stay in the first-level cache
-constexpr int64_t kOutputs = 48;  // of a convolution, whose weights' gradients are one task
-constexpr int64_t kLeastBlocks = 4;
-
-}  // namespace
-
 #define PZ_KERNEL "batch_norm_act/batch_norm_act_cpu.inc"
 #include "common/foreach_isa.h"
 
@@ -180,41 +167,6 @@ Blocks checked(const Tensor& input, std::initializer_list<std::pair<const Tensor
   return Blocks(input, !last);
 }
 
-// The right matrix of the product that makes outputs of inputs (`turned`), or gradients of these of those: valid until the next call.
-const float* weight_in_panels(const Pointwise& conv, bool turned) {
-  const int64_t depth = turned ? conv.inputs : conv.outputs, columns = turned ? conv.outputs : conv.inputs;
-  const int64_t panels = ceil_div(columns, kPanel);
-  static thread_local Scratch<float> scratch;
-  float* to = room(scratch, panels * depth * kPanel);
-  parallel_for_equal(panels, double(panels) * double(depth) * kPanel, [&](int64_t p) {
-    const int64_t first = p * kPanel, count = std::min(kPanel, columns - first);
-    if (turned) PZ_FOR_ISA(pack_turned)(conv.weight + first * depth, depth, count, to + first * depth);
-    else PZ_FOR_ISA(pack)(conv.weight + first, columns, depth, count, to + first * depth);
-  });
-  return to;
-}
-
-// grad_weight = grad^T input, the sum over the pixels. Where there are few weights, parts of the sum are tasks, too.
-void sum_outer(const Pointwise& conv, const float* grad, int64_t pixels, float* grad_weight) {
-  const int64_t groups = ceil_div(conv.outputs, kOutputs), tiles = groups * ceil_div(conv.inputs, kPanel);
-  const int64_t parts = std::max<int64_t>(1, std::min(ceil_div(8, tiles), pixels / kDepth));
-  const int64_t part = ceil_div(ceil_div(pixels, parts), kDepth) * kDepth, size = conv.outputs * conv.inputs;
-  static thread_local Scratch<float> scratch;
-  float* sums = parts == 1 ? nullptr : room(scratch, parts * size);
-  parallel_for(parts * groups, double(pixels) * double(size) / 8, [&](int64_t task) {
-    const int64_t p = task / groups, first = task % groups * kOutputs;
-    PZ_FOR_ISA(multiply_turned)(std::min(pixels, p * part), std::min(pixels, (p + 1) * part), grad, conv.outputs, first,
-                                std::min(kOutputs, conv.outputs - first), conv.input, conv.inputs,
-                                parts == 1 ? grad_weight : sums + p * size);
-  });
-  if (parts == 1) return;
-  for (int64_t i = 0; i < size; ++i) {
-    float sum = sums[i];
-    for (int64_t p = 1; p < parts; ++p) sum += sums[p * size + i];
-    grad_weight[i] = sum;
-  }
-}
-
 void check_channels(const Tensor& input, std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
   for (const auto& [t, name] : tensors) {
     check_cpu(*t, name);
@@ -224,12 +176,23 @@ void check_channels(const Tensor& input, std::initializer_list<std::pair<const T
   }
 }
 
-}  // namespace
-
-namespace {
+// Statistics that follow those of the batches; the variance as an estimate for more than the batch.
+struct Running {
+  const Tensor &mean, &var;
+  double momentum;
+  template <class A>
+  void move(const A* batch_mean, const A* batch_var, const Blocks& blocks) const {
+    const double n = double(blocks.per_channel);
+    for (int64_t c = 0; c < blocks.channels; ++c) {
+      A &m = mean.ptr<A>()[c], &v = var.ptr<A>()[c];
+      m = A(m + momentum * (double(batch_mean[c]) - m));
+      v = A(v + momentum * (double(batch_var[c]) * n / (n - 1) - v));
+    }
+  }
+};
 
 void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* residual,
-             const Tensor& output, const Tensor& mean, const Tensor& var, double eps, int activation) {
+             const Tensor& output, const Tensor& mean, const Tensor& var, const Running* running, double eps, int activation) {
   const Blocks blocks = checked(input, {{residual, "residual"}, {&output, "output"}}, conv);
   check_channels(input, {{&weight, "weight"}, {&bias, "bias"}, {&mean, "mean"}, {&var, "var"}});
   prefer_huge_pages(output.data, output.numel() * dtype_size(output.dtype));
@@ -241,13 +204,14 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
       return;
     }
     Scratch<A> means(size_t(blocks.places())), squares(size_t(blocks.places()));
-    const float* panels = conv ? weight_in_panels(*conv, true) : nullptr;
+    std::optional<Product> convolution;
+    if (conv) convolution.emplace(*conv, true);
     blocks.each(
         [&](int64_t i) {
           const Block block = blocks[i];
           if (conv)
-            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->inputs, conv->outputs,
-                                 conv->input + blocks.first_pixel(block) * conv->inputs, panels, input.ptr<float>() + block.offset);
+            (*convolution)(blocks.pixels_of(block), conv->input + blocks.first_pixel(block) * conv->inputs,
+                           input.ptr<float>() + block.offset);
           PZ_FOR_ISA_OF(T, template moments<T>)(input.ptr<T>(), block, blocks.planar, &means[blocks.place(i)], &squares[blocks.place(i)]);
         },
         conv ? conv->inputs : 0);
@@ -261,6 +225,7 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
       square[c] += squares[place] + double(elements) * away * away;
     });
     for (int64_t c = 0; c < blocks.channels; ++c) mean.ptr<A>()[c] = A(sum[c]), var.ptr<A>()[c] = A(square[c] / n);
+    if (running) running->move(mean.ptr<A>(), var.ptr<A>(), blocks);
 
     const Scale<A> scale(blocks, mean.ptr<A>(), var.ptr<A>(), weight.ptr<A>(), bias.ptr<A>(), eps);
     const Bounds<A> bounds(activation);
@@ -314,58 +279,35 @@ void backward(const Pointwise* conv, float* grad_conv_input, float* grad_conv_we
     const Columns<A> slope(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd[c] * rstd[c] * rstd[c] * product[c] / n); });
     if (grad_residual) grad = grad_residual->ptr<T>();
     const Bounds<A> bounds(grad_residual ? 0 : activation);
-    const float* panels = grad_conv_input ? weight_in_panels(*conv, false) : nullptr;
+    std::optional<Product> convolution;
+    if (grad_conv_input) convolution.emplace(*conv, false);
     blocks.each(
         [&](int64_t i) {
           const Block block = blocks[i];
           PZ_FOR_ISA_OF(T, template differentiate<T>)(grad, x, grad_input.ptr<T>(), block, blocks.planar, scale, bounds, shift, slope);
           if (grad_conv_input)
-            PZ_FOR_ISA(multiply)(blocks.pixels_of(block), conv->outputs, conv->inputs, grad_input.ptr<float>() + block.offset, panels,
-                                 grad_conv_input + blocks.first_pixel(block) * conv->inputs);
+            (*convolution)(blocks.pixels_of(block), grad_input.ptr<float>() + block.offset,
+                           grad_conv_input + blocks.first_pixel(block) * conv->inputs);
         },
         grad_conv_input ? conv->inputs : 0);
     if (grad_conv_weight) sum_outer(*conv, grad_input.ptr<float>(), blocks.per_channel, grad_conv_weight);
   });
 }
 
-Pointwise checked_conv(const Tensor& input, const Tensor& weight, const Tensor& output) {
-  const auto matrix = [](const Tensor& t, const char* name) {
-    check_tensor(t, name, 4);
-    check_cpu(t, name);
-    check_dtype(t, name, DType::f32);
-    int64_t stride = 1;
-    for (int d : {1, 3, 2, 0}) {
-      PZ_CHECK(t.shape[d] == 1 || t.stride[d] == stride || t.numel() == 0, std::string(name) + " must be channels_last");
-      stride *= t.shape[d];
-    }
-  };
-  matrix(input, "conv_input"), matrix(weight, "conv_weight"), matrix(output, "input");
-  PZ_CHECK(input.shape[0] == output.shape[0] && input.shape[2] == output.shape[2] && input.shape[3] == output.shape[3],
-           "conv_input must have the images and pixels of input, " + output.shape_string() + ", got " + input.shape_string());
-  PZ_CHECK(weight.shape[0] == output.shape[1] && weight.shape[1] == input.shape[1] && weight.shape[2] == 1 && weight.shape[3] == 1,
-           "conv_weight must have shape [" + std::to_string(output.shape[1]) + ", " + std::to_string(input.shape[1]) + ", 1, 1], got " +
-               weight.shape_string());
-  return {input.ptr<float>(), weight.ptr<float>(), input.shape[1], output.shape[1]};
-}
-
-float* checked_like(const Tensor* t, const Tensor& like, const char* name) {
-  if (!t) return nullptr;
-  check_cpu(*t, name);
-  check_dtype(*t, name, DType::f32);
-  PZ_CHECK(t->ndim == 4 && std::equal(t->shape, t->shape + 4, like.shape), std::string(name) + " must have shape " + like.shape_string());
-  int64_t stride = 1;
-  for (int d : {1, 3, 2, 0}) {
-    PZ_CHECK(t->shape[d] == 1 || t->stride[d] == stride || t->numel() == 0, std::string(name) + " must be channels_last");
-    stride *= t->shape[d];
-  }
-  return t->ptr<float>();
+std::optional<Running> checked_running(const Tensor& input, const Tensor* mean, const Tensor* var, double momentum) {
+  PZ_CHECK(!mean == !var, "running_mean and running_var must be given both or neither");
+  if (!mean) return std::nullopt;
+  check_channels(input, {{mean, "running_mean"}, {var, "running_var"}});
+  return Running{*mean, *var, momentum};
 }
 
 }  // namespace
 
 void batch_norm_act_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* residual, const Tensor& output,
-                            const Tensor& mean, const Tensor& var, double eps, int activation) {
-  forward(nullptr, input, weight, bias, residual, output, mean, var, eps, activation);
+                            const Tensor& mean, const Tensor& var, const Tensor* running_mean, const Tensor* running_var, double momentum,
+                            double eps, int activation) {
+  const auto running = checked_running(input, running_mean, running_var, momentum);
+  forward(nullptr, input, weight, bias, residual, output, mean, var, running ? &*running : nullptr, eps, activation);
 }
 
 void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor* output,
@@ -377,19 +319,20 @@ void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, cons
 
 void pointwise_bn_act_fwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor& input, const Tensor& weight,
                               const Tensor& bias, const Tensor* residual, const Tensor& output, const Tensor& mean, const Tensor& var,
-                              double eps, int activation) {
-  const Pointwise conv = checked_conv(conv_input, conv_weight, input);
-  forward(&conv, input, weight, bias, residual, output, mean, var, eps, activation);
+                              const Tensor* running_mean, const Tensor* running_var, double momentum, double eps, int activation) {
+  const Pointwise conv(conv_input, conv_weight, input);
+  const auto running = checked_running(input, running_mean, running_var, momentum);
+  forward(&conv, input, weight, bias, residual, output, mean, var, running ? &*running : nullptr, eps, activation);
 }
 
 void pointwise_bn_act_bwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor* grad_conv_input,
                               const Tensor* grad_conv_weight, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                               const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var, const Tensor& grad_input,
                               const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
-  const Pointwise conv = checked_conv(conv_input, conv_weight, input);
-  backward(&conv, checked_like(grad_conv_input, conv_input, "grad_conv_input"),
-           checked_like(grad_conv_weight, conv_weight, "grad_conv_weight"), grad_output, input, weight, bias, output, mean, var, grad_input,
-           grad_weight, grad_bias, grad_residual, eps, activation);
+  const Pointwise conv(conv_input, conv_weight, input);
+  backward(&conv, grad_conv_input ? checked_like(*grad_conv_input, conv_input, "grad_conv_input") : nullptr,
+           grad_conv_weight ? checked_like(*grad_conv_weight, conv_weight, "grad_conv_weight") : nullptr, grad_output, input, weight, bias,
+           output, mean, var, grad_input, grad_weight, grad_bias, grad_residual, eps, activation);
 }
 
 }  // namespace pyzoo

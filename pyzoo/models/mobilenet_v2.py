@@ -53,7 +53,8 @@ class ConvBNReLU6(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(conv.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_bn(x, self[0], self[1], "relu6")
+        conv, norm = self
+        return conv_bn(x, conv, norm, "relu6")
 
 
 def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import pointwise, winograd
+from pyzoo.nn import conv_bn_act, winograd
 from pyzoo.nn.batch_norm import FrozenBatchNorm2d
 from pyzoo.ops.batch_norm_act import batch_norm_act
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
 
 FOLDS = (nn.Conv2d, DepthwiseConv2d)
 
-# Of the convolutions that inference ran, by how: the version of what weight and bias were made from, and these.
+# Of the convolutions that inference ran, by how: the version of what weight and bias were made from, these, and aliases
+# of what they were made from, without which other tensors could come to lie at its addresses.
 _KEPT: WeakKeyDictionary[nn.Conv2d, dict[str, tuple]] = WeakKeyDictionary()
 
 
@@ -35,9 +36,9 @@ def conv_bn(
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call. On the CPU, for float32 and channels_last, they are kept in the order that the library of
     convolutions wants, and :mod:`pyzoo.nn.winograd` computes what it is faster for. In training, on the CPU, what
-    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`, and :mod:`pyzoo.nn.pointwise` computes
-    1x1 convolutions together with it where that is faster. Results agree to rounding. Modules with
-    hooks and other kinds of modules are called as usual.
+    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`, and :mod:`pyzoo.nn.conv_bn_act` computes
+    1x1 and depthwise convolutions together with it where that is faster. Results agree to rounding. Modules with hooks
+    and other kinds of modules are called as usual.
 
     Args:
         x: Tensor[N, C, H, W].
@@ -48,21 +49,19 @@ def conv_bn(
     """
     if type(x) is not Tensor or type(conv) not in FOLDS or has_hooks(conv):
         return _finish(conv(x), bn, activation, residual)
-    if (
-        bn is not None
-        and _trains(bn, x)
-        and conv.kernel_size == (1, 1)
-        and _is_plain(x, conv, _tensors(conv, bn))
-        and pointwise.suits(x, conv)
-        and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
-    ):
-        return pointwise.conv_bn_act(x, conv, bn, residual, _statistics(bn), activation)
-    if bn is not None and (not _is_fixed(bn) or has_hooks(bn)):
+    if bn is not None and _trains(bn, x):
+        if (
+            _is_plain(x, conv, _tensors(conv, bn))
+            and conv_bn_act.suits(x, conv)
+            and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
+        ):
+            return conv_bn_act.conv_bn_act(x, conv, bn, residual, _statistics(bn), activation)
+        return _batch_norm_act(conv_bn(x, conv), bn, activation, residual)
+    if bn is not None and not _is_fixed(bn):
         return _finish(conv_bn(x, conv), bn, activation, residual)
-    modules = (conv,) if bn is None else (conv, bn)
-    made_from = _tensors(*modules)
+    made_from = _tensors(conv, bn)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
-    is_plain = _is_plain(x, conv, made_from)
+    is_plain = type(conv) is nn.Conv2d and _is_plain(x, conv, made_from) and _is_last(x)
     fast = is_plain and winograd.suits(x, conv)
     how, weight, bias = "", conv.weight, conv.bias
     if learns or torch.compiler.is_compiling() or any(t.is_inference() for t in made_from):
@@ -88,8 +87,14 @@ def conv_bn(
     return _finish(out, None, activation, residual)
 
 
-def _tensors(*modules: nn.Module) -> list[Tensor]:
-    return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+def _tensors(conv: nn.Conv2d, bn: nn.Module | None) -> list[Tensor]:
+    """What their outputs are made from, besides the input."""
+    tensors = [*conv._parameters.values()]
+    if bn is not None:  # without num_batches_tracked
+        tensors += *bn._parameters.values(), bn._buffers["running_mean"], bn._buffers["running_var"]
+        if type(bn) is FrozenBatchNorm2d:
+            tensors += bn._buffers["weight"], bn._buffers["bias"]
+    return [t for t in tensors if t is not None]
 
 
 def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tensor], how: str) -> tuple:
@@ -102,8 +107,8 @@ def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tens
                 weight = winograd.transform(weight)
             elif how == "packed":
                 weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), x.shape)
-        kept[how] = version, weight, bias
-    return kept[how][1:]
+        kept[how] = version, weight, bias, [t.detach() for t in made_from]
+    return kept[how][1:3]
 
 
 def forget(module: nn.Module) -> None:
@@ -159,6 +164,8 @@ ACTIVATE = {
 
 
 def _is_fixed(bn: nn.Module) -> bool:
+    if has_hooks(bn):
+        return False
     if type(bn) is nn.BatchNorm2d:
         return not bn.training and bn.track_running_stats and bn.affine
     return type(bn) is FrozenBatchNorm2d
@@ -181,20 +188,29 @@ def _geometry(conv: nn.Conv2d) -> tuple:
 
 
 def _is_plain(x: Tensor, conv: nn.Conv2d, made_from: list[Tensor]) -> bool:
+    """Whether kernels can be called: float32 on the CPU, and nothing that is to see the operators of PyTorch, as what
+    counts, fakes, differentiates forward or transforms them."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or x.dim() != 4
+        or x.numel() == 0
+    ):
+        return False
+    for t in (x, *made_from):
+        if t.dtype is not torch.float32 or not t.is_cpu or type(t) not in (Tensor, nn.Parameter):
+            return False
+    return True
+
+
+def _is_last(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        # What counts, fakes or transforms operators is to see those of PyTorch.
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and type(conv) is nn.Conv2d
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64) for t in (x, *made_from))
-        and all(type(t) in (Tensor, nn.Parameter) for t in made_from)
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
+        x.is_contiguous(memory_format=torch.channels_last)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     )
