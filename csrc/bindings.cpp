@@ -11,6 +11,7 @@
 #include "masked_conv2d/masked_conv2d_bind.h"
 #include "nms/nms_bind.h"
 #include "pixelcnn_sample/pixelcnn_sample_bind.h"
+#include "pointwise/pointwise_bind.h"
 #include "reversible/reversible_bind.h"
 #include "roi_align/roi_align_bind.h"
 #include "roi_pool/roi_pool_bind.h"
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   pyzoo::register_depthwise_conv2d(m);
   pyzoo::register_reversible(m);
   pyzoo::register_winograd(m);
+  pyzoo::register_pointwise(m);
   pyzoo::register_batch_norm_act(m);
 
   m.def("set_isa", &pyzoo::set_isa, "name"_a, "Force an instruction set by name; '' returns to the best. For tests.");

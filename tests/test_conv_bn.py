@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import DepthwiseConv2d, conv, conv_bn
+from pyzoo import _C
+from pyzoo.nn import DepthwiseConv2d, conv, conv_bn, pointwise
 
 
 def make(channels=6, out=8, size=3, batch_norm=True, seed=0, **options):
@@ -79,6 +80,64 @@ def test_is_one_operator():
     assert not names & {"aten::batch_norm", "aten::conv2d", "mkldnn::_reorder_convolution_weight", "aten::mul"}
 
 
+@pytest.mark.parametrize("isa", _C.build_info()["isas"])
+@pytest.mark.parametrize(("activation", "adds"), [(None, False), ("relu", True), ("relu6", False)])
+@pytest.mark.parametrize(
+    ("channels", "out", "size"), [(6, 8, (9, 11)), (70, 131, (13, 1)), (300, 17, (5, 10)), (1, 1, (1, 1))]
+)
+def test_pointwise(channels, out, size, activation, adds, isa, set_isa, monkeypatch):
+    set_isa(isa)
+    monkeypatch.setattr(pointwise, "LARGE", 0)
+    modules, x = make(channels, out, 1), image(channels, size)
+    x[0, 0, 0, 0] = float("nan")
+    with torch.no_grad():
+        expected = plain(copy.deepcopy(modules).double(), x.double())
+        residual = torch.randn(expected.shape) if adds else None
+        expected = conv.ACTIVATE[activation](expected + residual if adds else expected)
+        actual = conv_bn(x, *modules, activation, residual)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert "pointwise" in conv._KEPT[modules[0]]
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        if adds:  # in another dtype
+            expected = plain(modules, x) + residual.double()
+            torch.testing.assert_close(conv_bn(x, *modules, None, residual.double()), expected.float(), equal_nan=True)
+
+
+def test_pointwise_same_bits_for_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(pointwise, "LARGE", 0)
+    modules, x, before = make(40, 70, 1), image(40, (33, 35)), torch.get_num_threads()
+    results = []
+    with torch.no_grad():
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(fused(modules, x))
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_pointwise_checks_its_memory():
+    x, y, w = image(4, (3, 3)), image(6, (3, 3)), torch.empty(_C.pointwise_weight_size(6, 4))
+    _C.pointwise_weight_cpu(torch.ones(6, 4, 1, 1), w)
+    _C.pointwise_conv_cpu(x, w, None, None, y, 0)
+    assert torch.allclose(y, x.sum(1, keepdim=True).expand_as(y), atol=1e-5)
+    good = {"input": x, "packed": w, "bias": torch.ones(6), "residual": y.clone(), "output": y}
+    for wrong in (
+        {"input": x.contiguous()},
+        {"input": x[:1]},
+        {"packed": w[:9]},
+        {"bias": torch.ones(5)},
+        {"residual": x},
+        {"output": y.double()},
+    ):
+        with pytest.raises(ValueError, match="must"):
+            _C.pointwise_conv_cpu(**{**good, **wrong}, activation=0)
+    with pytest.raises(ValueError, match="packed must"):
+        _C.pointwise_weight_cpu(torch.ones(6, 4, 1, 1), w[1:])
+
+
 def test_gradients():
     """Of whatever learns."""
     modules = make().double()
@@ -146,7 +205,9 @@ def test_training_statistics():
     close(modules[1].running_mean, other[1].running_mean)
 
 
-@pytest.mark.parametrize("conv", [nn.Conv2d(6, 8, 1, bias=False), DepthwiseConv2d(6, 3, bias=False)], ids=["1x1", "3x3"])
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(6, 8, 1, bias=False), DepthwiseConv2d(6, 3, bias=False)], ids=["1x1", "3x3"]
+)
 def test_evaluation_after_training(conv):
     """What was kept is made again from the statistics that have moved."""
     modules = nn.ModuleList([conv, nn.BatchNorm2d(conv.out_channels)]).eval()

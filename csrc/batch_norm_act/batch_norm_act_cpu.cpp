@@ -15,7 +15,7 @@ namespace pyzoo {
 
 namespace {
 
-constexpr int64_t kTask = 32768;  // elements: what a task reads first from memory is in the second-level cache when it comes back to it
+constexpr int64_t kTask = 32768;     // elements: what a task reads first from memory is in the second-level cache when it comes back to it
 constexpr int64_t kLeastBlocks = 4;  // where a convolution makes them, which is work enough to share
 
 // Some elements of a map, in which those of one column are normalised alike. A column is a channel, or one of several copies of it.
@@ -320,7 +320,7 @@ void batch_norm_act_bwd_cpu(const Tensor& grad_output, const Tensor& input, cons
 void pointwise_bn_act_fwd_cpu(const Tensor& conv_input, const Tensor& conv_weight, const Tensor& input, const Tensor& weight,
                               const Tensor& bias, const Tensor* residual, const Tensor& output, const Tensor& mean, const Tensor& var,
                               const Tensor* running_mean, const Tensor* running_var, double momentum, double eps, int activation) {
-  const Pointwise conv(conv_input, conv_weight, input);
+  const Pointwise conv = checked_pointwise(conv_input, conv_weight, input);
   const auto running = checked_running(input, running_mean, running_var, momentum);
   forward(&conv, input, weight, bias, residual, output, mean, var, running ? &*running : nullptr, eps, activation);
 }
@@ -329,7 +329,7 @@ void pointwise_bn_act_bwd_cpu(const Tensor& conv_input, const Tensor& conv_weigh
                               const Tensor* grad_conv_weight, const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                               const Tensor& bias, const Tensor* output, const Tensor& mean, const Tensor& var, const Tensor& grad_input,
                               const Tensor& grad_weight, const Tensor& grad_bias, const Tensor* grad_residual, double eps, int activation) {
-  const Pointwise conv(conv_input, conv_weight, input);
+  const Pointwise conv = checked_pointwise(conv_input, conv_weight, input);
   backward(&conv, grad_conv_input ? checked_like(*grad_conv_input, conv_input, "grad_conv_input") : nullptr,
            grad_conv_weight ? checked_like(*grad_conv_weight, conv_weight, "grad_conv_weight") : nullptr, grad_output, input, weight, bias,
            output, mean, var, grad_input, grad_weight, grad_bias, grad_residual, eps, activation);

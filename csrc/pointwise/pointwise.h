@@ -10,9 +10,9 @@ struct Pointwise {
   const float* input;   // [pixels, inputs]
   const float* weight;  // [outputs, inputs]
   int64_t inputs, outputs;
-
-  Pointwise(const Tensor& input, const Tensor& weight, const Tensor& output);  // checks them
 };
+
+Pointwise checked_pointwise(const Tensor& input, const Tensor& weight, const Tensor& output);
 
 // A map of float32 in NHWC order, of the shape of another.
 float* checked_like(const Tensor& map, const Tensor& like, const char* name);
@@ -28,5 +28,15 @@ struct Product {
 
 // grad_weight = grad^T input, the sum over the pixels.
 void sum_outer(const Pointwise& conv, const float* grad, int64_t pixels, float* grad_weight);
+
+// Numbers in a weight of `outputs` x `inputs` channels once packed.
+int64_t pointwise_weight_size(int64_t outputs, int64_t inputs);
+
+// What pointwise_conv_cpu takes, of a weight [K, C, 1, 1].
+void pointwise_weight_cpu(const Tensor& weight, const Tensor& packed);
+
+// output [N, K, H, W] = activation(input [N, C, H, W] * weight + bias [K] + residual), where activations are those of batch_norm_act.
+void pointwise_conv_cpu(const Tensor& input, const Tensor& packed, const Tensor* bias, const Tensor* residual, const Tensor& output,
+                        int activation);
 
 }  // namespace pyzoo

@@ -108,6 +108,7 @@ void winograd_conv_cpu(const Tensor& input, const Tensor& weight, const Tensor& 
     check_dtype(weight, "weight", DType::f32);
     PZ_CHECK(weight.numel() == size, "weight has the wrong size");
   }
+  prefer_huge_pages(output.data, output.numel() * int64_t(sizeof(float)));
   PZ_FOR_ISA(winograd_conv)(from, transformed, bias.numel() ? bias.ptr<float>() : nullptr, to, padding, relu);
 }
 

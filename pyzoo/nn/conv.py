@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyzoo.nn import conv_bn_act, winograd
+from pyzoo.nn import conv_bn_act, pointwise, winograd
 from pyzoo.nn.batch_norm import FrozenBatchNorm2d
 from pyzoo.ops.batch_norm_act import batch_norm_act
 from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
@@ -35,10 +35,10 @@ def conv_bn(
     Where the statistics are fixed, the weights of the convolution take the scale and its bias the shift, which saves a
     pass over the map, forward and backward; gradients reach what both modules learn. Where nothing learns they are kept
     from call to call. On the CPU, for float32 and channels_last, they are kept in the order that the library of
-    convolutions wants, and :mod:`pyzoo.nn.winograd` computes what it is faster for. In training, on the CPU, what
-    follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`, and :mod:`pyzoo.nn.conv_bn_act` computes
-    1x1 and depthwise convolutions together with it where that is faster. Results agree to rounding. Modules with hooks
-    and other kinds of modules are called as usual.
+    convolutions wants, or that :mod:`pyzoo.nn.winograd` or :mod:`pyzoo.nn.pointwise` want where these are faster. In
+    training, on the CPU, what follows the convolution is one operator, :func:`pyzoo.ops.batch_norm_act`, and
+    :mod:`pyzoo.nn.conv_bn_act` computes 1x1 and depthwise convolutions together with it where that is faster. Results
+    agree to rounding. Modules with hooks and other kinds of modules are called as usual.
 
     Args:
         x: Tensor[N, C, H, W].
@@ -69,7 +69,7 @@ def conv_bn(
             weight, bias = fold(conv, bn)
     else:
         if is_plain and not (torch.is_grad_enabled() and x.requires_grad):
-            how = "winograd" if fast else "packed"
+            how = "winograd" if fast else "pointwise" if pointwise.suits(x, conv) else "packed"
         weight, bias = _kept(x, conv, bn, made_from, how)
     if fast:
         relu = activation == "relu" and residual is None
@@ -78,7 +78,12 @@ def conv_bn(
         else:
             out = winograd.conv2d(x, weight, bias, conv.padding[0], relu)
         return out if relu else _finish(out, None, activation, residual)
-    if how == "packed":  # without the fused ReLU, which makes NaN zero
+    if how == "pointwise":
+        adds = type(residual) is Tensor and residual.dtype == x.dtype
+        if residual is None or adds:
+            return pointwise.run(x, weight, bias, conv.out_channels, residual, activation)
+        out = pointwise.run(x, weight, bias, conv.out_channels, None, None)
+    elif how == "packed":  # without the fused ReLU, which makes NaN zero
         out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *_geometry(conv), "none", [], "")
     elif type(conv) is DepthwiseConv2d and residual is None:
         return conv._conv_forward(x, weight, bias, activation)
@@ -105,6 +110,8 @@ def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tens
             weight, bias = (conv.weight, conv.bias) if bn is None else fold(conv, bn)
             if how == "winograd":
                 weight = winograd.transform(weight)
+            elif how == "pointwise":
+                weight = pointwise.transform(weight)
             elif how == "packed":
                 weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *_geometry(conv), x.shape)
         kept[how] = version, weight, bias, [t.detach() for t in made_from]
