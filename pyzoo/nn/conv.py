@@ -95,7 +95,7 @@ def conv_bn(
 def _tensors(conv: nn.Conv2d, bn: nn.Module | None) -> list[Tensor]:
     """What their outputs are made from, besides the input."""
     tensors = [*conv._parameters.values()]
-    if bn is not None:  # without num_batches_tracked
+    if bn is not None:
         tensors += *bn._parameters.values(), bn._buffers["running_mean"], bn._buffers["running_var"]
         if type(bn) is FrozenBatchNorm2d:
             tensors += bn._buffers["weight"], bn._buffers["bias"]
@@ -104,6 +104,8 @@ def _tensors(conv: nn.Conv2d, bn: nn.Module | None) -> list[Tensor]:
 
 def _kept(x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, made_from: list[Tensor], how: str) -> tuple:
     version = [(t.data_ptr(), t._version, t.dtype) for t in made_from]
+    if bn is not None and (tracked := bn._buffers.get("num_batches_tracked")) is not None:
+        version.append(tracked._version)  # PyTorch's batch norm moves the running statistics without a new version
     kept = _KEPT.setdefault(conv, {})
     if how not in kept or kept[how][0] != version:
         with torch.no_grad():
@@ -158,8 +160,11 @@ def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float] | None:
     """What this batch is to move, and how far; it is counted."""
     if not (bn.training and bn.track_running_stats):
         return None
-    bn.num_batches_tracked.add_(1)
-    momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    tracked, momentum = bn.num_batches_tracked, bn.momentum
+    if tracked is not None:
+        tracked.add_(1)
+    if momentum is None:  # their mean
+        momentum = 0.0 if tracked is None else 1 / float(tracked)
     return bn.running_mean, bn.running_var, momentum
 
 
