@@ -95,7 +95,7 @@ class _Call:
             _check_graph(part.name, out, inputs)
             _graph_checked.add(part.module)
         # Whoever keeps the very tensor given here, as hooks and biases do, keeps a view: it is not overwritten then.
-        grad = grad.detach().to(out.dtype)
+        grad = grad.detach() if grad.dtype == out.dtype else grad.to(out.dtype)
         found = (
             _run_backward((out,), (grad,), False, False, inputs, allow_unreachable=True, accumulate_grad=False)
             if inputs
