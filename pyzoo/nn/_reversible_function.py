@@ -21,7 +21,7 @@ from pyzoo.ops.reversible import couple, reversible_reference, uncouple, uncoupl
 
 _graph_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-# What torch.autograd.grad calls after a look at its arguments, which for a small function takes longer than the function.
+# What torch.autograd.grad calls after a look at its arguments, which takes as long as a small function does.
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
@@ -96,15 +96,12 @@ class _Call:
             _graph_checked.add(part.module)
         # Whoever keeps the very tensor given here, as hooks and biases do, keeps a view: it is not overwritten then.
         grad = grad.detach() if grad.dtype == out.dtype else grad.to(out.dtype)
-        found = (
-            _run_backward((out,), (grad,), False, False, inputs, allow_unreachable=True, accumulate_grad=False)
-            if inputs
-            else ()
-        )
+        found = _run_backward((out,), (grad,), False, False, inputs, True, False) if inputs else ()
         for p, g in zip(part.trainable, found, strict=False):
             if g is not None:
                 grads[id(p)] = grads[id(p)] + g if id(p) in grads else g
-        return out.detach(), found[-1] if len(found) > len(part.trainable) else None
+        grad_seen = found[-1] if len(found) > len(part.trainable) else None
+        return out.detach(), None if grad_seen is None else grad_seen.detach()
 
     def differentiable_backward(self, y: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """The same as a function of y, with a graph: rebuilds x, then differentiates the ordinary forward pass.
