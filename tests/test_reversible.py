@@ -234,6 +234,40 @@ def test_functions_without_memory_of_their_own():
     check_step(ReversibleSequential(*blocks).double(), make_input(2, 8, 5, 5))
 
 
+class ScaleOfItsOwn(torch.autograd.Function):
+    """Its gradient is the parameter itself, which requires grad."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(scale)
+        return x.sum() * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0], torch.ones_like(ctx.saved_tensors[0])
+
+
+class Scaled(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        return ScaleOfItsOwn.apply(x, self.scale)
+
+
+def test_gradients_that_require_grad():
+    stack, x = make_stack(2), make_input(2, 8, 5, 5)
+    blocks = [*stack, ReversibleBlock(Scaled(2, 4, 5, 5), smooth(4)), ReversibleBlock(smooth(4), Scaled(2, 4, 5, 5))]
+    stack = ReversibleSequential(*blocks).double()
+    twin, inputs, grad = copy.deepcopy(stack), [x, x.clone()], x.clone().requires_grad_()
+    found = []
+    for call, leaf in zip((stack, lambda x: stored(twin, x)), inputs, strict=True):
+        found.append(torch.autograd.grad(call(leaf.requires_grad_()), leaf, grad)[0])
+    assert not found[0].requires_grad
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
 def test_layers_in_place_before_and_after():
     """Nothing of the input is kept, so layers in place around the stack are fine; over its output they are not."""
     stack, x = make_stack(2), make_input(2, 8, 5, 5)

@@ -47,7 +47,7 @@ class Part:
 
     name: str
     module: nn.Module
-    read: list[tuple[str, Tensor]] = field(default_factory=list)  # parameters and buffers that it does not change
+    read: list[tuple[dict, str, Tensor]] = field(default_factory=list)  # parameters, buffers that it does not change
     trainable: list[Tensor] = field(default_factory=list)  # parameters that want a gradient, each once
     owners: list[dict] = field(default_factory=list)  # of buffers that it may change
     versions: list[int] = field(default_factory=list)  # of what it read
@@ -60,7 +60,7 @@ class Replay:
     """The functions of one call. ``first_run`` and ``second_run`` are contexts that run them, one at a time."""
 
     def __init__(self, functions: Sequence[tuple[str, nn.Module]]):
-        self.state: list[tuple[dict, str, object]] = []  # what stands where in the second run
+        self.flags: list[tuple[dict, str, bool]] = []  # of modules, in the second run
         self.parts = [self._part(name, module) for name, module in functions]
 
     def _part(self, name: str, module: nn.Module) -> Part:
@@ -74,20 +74,20 @@ class Replay:
             modules += m._modules.values()
             attributes = m.__dict__
             if "training" in attributes:  # a compiled module passes it on
-                self.state.append((attributes, "training", m.training))
-            for key, p in m._parameters.items():
+                self.flags.append((attributes, "training", m.training))
+            parameters, buffers = m._parameters, m._buffers
+            for key, p in parameters.items():
                 if p is not None:
-                    self.state.append((m._parameters, key, p))
-                    part.read.append((key, p))
+                    part.read.append((parameters, key, p))
                     if p.requires_grad:
                         trainable[id(p)] = p
-            if m._buffers:
+            if buffers:
                 if updates_statistics(m):
-                    self.state.append((attributes, "track_running_stats", False))
+                    self.flags.append((attributes, "track_running_stats", False))
                 elif type(m).forward not in _BATCH_NORMS:
-                    part.owners.append(m._buffers)
+                    part.owners.append(buffers)
                 else:
-                    part.read += [(key, b) for key, b in m._buffers.items() if b is not None]
+                    part.read += [(buffers, key, b) for key, b in buffers.items() if b is not None]
         part.trainable = list(trainable.values())
         return part
 
@@ -106,10 +106,10 @@ class Replay:
                 part.rng, rng = rng, after
             for owner, key, b, version, copy in before:
                 if owner.get(key) is b and b._version == version:
-                    part.read.append((key, b))
+                    part.read.append((owner, key, b))
                 else:
                     part.changed.append((owner, key, copy))
-            part.versions = [t._version for _, t in part.read]
+            part.versions = [t._version for _, _, t in part.read]
             return out
 
         with _set(self.autocast):
@@ -118,19 +118,11 @@ class Replay:
     @contextmanager
     def second_run(self, stand_ins: Mapping[int, Tensor]) -> Iterator[Callable[[Part, Tensor], Tensor]]:
         """``stand_ins`` take the places of parameters, by the id of the parameter. All is as before when it is over."""
-        for part in self.parts:
-            for (key, t), version in zip(part.read, part.versions, strict=True):
-                if t._version != version:
-                    raise RuntimeError(
-                        f"{part.name}: '{key}' of shape {list(t.shape)} was modified in place between forward and "
-                        "backward"
-                    )
         rng, undo = self._rng(), []
 
         def put(owner: dict, key: str, value) -> None:
-            if owner[key] is not value:
-                undo.append((owner, key, owner[key]))
-                owner[key] = value
+            undo.append((owner, key, owner[key]))
+            owner[key] = value
 
         def run_again(part: Part, x: Tensor) -> Tensor:
             for owner, key, b in part.changed:
@@ -143,8 +135,19 @@ class Replay:
             return out
 
         try:
-            for owner, key, value in self.state:
-                put(owner, key, stand_ins.get(id(value), value))
+            for owner, key, flag in self.flags:
+                if owner[key] is not flag:
+                    put(owner, key, flag)
+            for part in self.parts:
+                for (owner, key, t), version in zip(part.read, part.versions, strict=True):
+                    if t._version != version:
+                        raise RuntimeError(
+                            f"{part.name}: '{key}' of shape {list(t.shape)} was modified in place between forward and "
+                            "backward"
+                        )
+                    value = stand_ins.get(id(t), t)
+                    if owner[key] is not value:
+                        put(owner, key, value)
             with _set(self.autocast):
                 yield run_again
         finally:

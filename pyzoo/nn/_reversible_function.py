@@ -21,6 +21,9 @@ from pyzoo.ops.reversible import couple, reversible_reference, uncouple, uncoupl
 
 _graph_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+# What torch.autograd.grad calls after a look at its arguments, which takes as long as a small function does.
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
+
 
 class _Call:
     """One call of a stack for which gradients may be wanted."""
@@ -50,16 +53,18 @@ class _Call:
             id(p): p.detach().requires_grad_() for p in self.parameters if p._backward_hooks or not p.requires_grad
         }
         grads: dict[int, Tensor] = {}
-        a, b = y.chunk(2, self.dim)
-        grad_a, grad_b = grad_y.chunk(2, self.dim)
+        # Halves and their gradients have no graph, so what is done to them below records none.
+        a, b = y.detach().chunk(2, self.dim)
+        grad_a, grad_b = grad_y.detach().chunk(2, self.dim)
         a, grad_b = _dense(a), _dense(grad_b)
-        with self.replay.second_run(stand_ins) as run_again:
-            for k, part in reversed(list(enumerate(self.replay.parts))):
+        with self.replay.second_run(stand_ins) as run_again, torch.enable_grad():
+            for k in reversed(range(len(self.replay.parts))):
+                part = self.replay.parts[k]
                 # a is what the function saw, b = (what is to be rebuilt) + function(a)
                 seen = self._input(a).requires_grad_(k > 0 or x_needs_grad)
-                inputs = [*(stand_ins.get(id(p), p) for p in part.trainable), seen]
-                update, grad_seen = self._differentiate(run_again, part, inputs, grad_b, grads)
-                del seen, inputs  # nobody else sees the halves any more
+                trainable = [stand_ins.get(id(p), p) for p in part.trainable] if stand_ins else part.trainable
+                update, grad_seen = self._differentiate(run_again, part, (*trainable, seen), grad_b, grads)
+                del seen  # nobody else sees the halves any more
                 if grad_seen is None:
                     b = uncouple(b, update)
                 else:
@@ -81,8 +86,7 @@ class _Call:
     ) -> tuple[Tensor, Tensor | None]:
         """The function's value and the gradient of what it sees, the last of ``inputs``. Those of the parameters, the
         inputs before that, are added to ``grads``."""
-        with torch.enable_grad():
-            out = run_again(part, inputs[-1])
+        out = run_again(part, inputs[-1])
         if not inputs[-1].requires_grad:
             inputs = inputs[:-1]
         if not out.requires_grad:
@@ -91,11 +95,13 @@ class _Call:
             _check_graph(part.name, out, inputs)
             _graph_checked.add(part.module)
         # Whoever keeps the very tensor given here, as hooks and biases do, keeps a view: it is not overwritten then.
-        found = torch.autograd.grad(out, inputs, grad.detach().to(out.dtype), allow_unused=True) if inputs else ()
+        grad = grad.detach() if grad.dtype == out.dtype else grad.to(out.dtype)
+        found = _run_backward((out,), (grad,), False, False, inputs, True, False) if inputs else ()
         for p, g in zip(part.trainable, found, strict=False):
             if g is not None:
                 grads[id(p)] = grads[id(p)] + g if id(p) in grads else g
-        return out.detach(), found[-1] if len(found) > len(part.trainable) else None
+        grad_seen = found[-1] if len(found) > len(part.trainable) else None
+        return out.detach(), None if grad_seen is None else grad_seen.detach()
 
     def differentiable_backward(self, y: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """The same as a function of y, with a graph: rebuilds x, then differentiates the ordinary forward pass.

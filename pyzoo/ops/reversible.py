@@ -59,7 +59,7 @@ _SMALL = 1 << 16  # elements on the CPU: up to here the call is what counts, and
 
 def _has_kernel(*tensors: Tensor) -> bool:
     x = tensors[0]
-    if _backend.forced is None and x.device.type == "cpu" and x.numel() <= _SMALL:
+    if x.is_cpu and x.numel() <= _SMALL and _backend.forced is None:
         return False
     if _backend.forced == "reference" or torch._C._len_torch_dispatch_stack() or x.dim() > _MAX_DIMS:
         return False
