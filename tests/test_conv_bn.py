@@ -103,6 +103,26 @@ def test_pointwise(channels, out, size, activation, adds, isa, set_isa, monkeypa
             torch.testing.assert_close(conv_bn(x, *modules, None, residual.double()), expected.float(), equal_nan=True)
 
 
+def test_pointwise_gradient_of_the_residual_alone(monkeypatch):
+    monkeypatch.setattr(pointwise, "LARGE", 0)
+    modules, x = make(size=1).requires_grad_(False), image()
+    residual = torch.randn(plain(modules, x).shape, requires_grad=True)
+    conv_bn(x, *modules, "relu", residual).sum().backward()
+    assert torch.equal(residual.grad, (plain(modules, x) + residual > 0).float())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_parameters_of_any_strides(train, monkeypatch):
+    monkeypatch.setattr(pointwise, "LARGE", 0)
+    modules, x = make(size=1, bias=not train).train(train), image()
+    modules[1].weight = nn.Parameter(torch.rand(16)[::2])
+    modules[1].running_mean = torch.rand(1).expand(8) if not train else torch.rand(16)[::2]
+    other = copy.deepcopy(modules)
+    with torch.no_grad():
+        close(fused(modules, x), plain(other, x))
+    close(modules[1].running_mean, other[1].running_mean)
+
+
 def test_pointwise_same_bits_for_any_number_of_threads(monkeypatch):
     monkeypatch.setattr(pointwise, "LARGE", 0)
     modules, x, before = make(40, 70, 1), image(40, (33, 35)), torch.get_num_threads()

@@ -53,7 +53,7 @@ def conv_bn(
         if (
             _is_plain(x, conv, _tensors(conv, bn))
             and conv_bn_act.suits(x, conv)
-            and (residual is None or (type(residual) is Tensor and residual.dtype == x.dtype))
+            and (residual is None or _is_plain(residual, conv, []))
         ):
             return conv_bn_act.conv_bn_act(x, conv, bn, residual, _statistics(bn), activation)
         return _batch_norm_act(conv_bn(x, conv), bn, activation, residual)
@@ -68,7 +68,7 @@ def conv_bn(
         if bn is not None:
             weight, bias = fold(conv, bn)
     else:
-        if is_plain and not (torch.is_grad_enabled() and x.requires_grad):
+        if is_plain and not _wants_gradient(x):
             how = "winograd" if fast else "pointwise" if pointwise.suits(x, conv) else "packed"
         weight, bias = _kept(x, conv, bn, made_from, how)
     if fast:
@@ -79,8 +79,7 @@ def conv_bn(
             out = winograd.conv2d(x, weight, bias, conv.padding[0], relu)
         return out if relu else _finish(out, None, activation, residual)
     if how == "pointwise":
-        adds = type(residual) is Tensor and residual.dtype == x.dtype
-        if residual is None or adds:
+        if residual is None or (_is_plain(residual, conv, []) and not _wants_gradient(residual)):
             return pointwise.run(x, weight, bias, conv.out_channels, residual, activation)
         out = pointwise.run(x, weight, bias, conv.out_channels, None, None)
     elif how == "packed":  # without the fused ReLU, which makes NaN zero
@@ -217,7 +216,13 @@ def _is_plain(x: Tensor, conv: nn.Conv2d, made_from: list[Tensor]) -> bool:
     for t in (x, *made_from):
         if t.dtype is not torch.float32 or not t.is_cpu or type(t) not in (Tensor, nn.Parameter):
             return False
+        if t.dim() == 1 and not t.is_contiguous():
+            return False
     return True
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _is_last(x: Tensor) -> bool:
