@@ -26,11 +26,6 @@ void check_numbers(const Tensor& t, int64_t count, const char* name) {
            std::string(name) + " must have shape [" + std::to_string(count) + "], got " + t.shape_string());
 }
 
-}  // namespace
-
-#define PZ_KERNEL "pointwise/pointwise_cpu.inc"
-#include "common/foreach_isa.h"
-
 float* checked_map(const Tensor& t, const char* name) {
   check_tensor(t, name, 4);
   check_cpu(t, name);
@@ -42,6 +37,11 @@ float* checked_map(const Tensor& t, const char* name) {
   }
   return t.ptr<float>();
 }
+
+}  // namespace
+
+#define PZ_KERNEL "pointwise/pointwise_cpu.inc"
+#include "common/foreach_isa.h"
 
 float* checked_like(const Tensor& t, const Tensor& like, const char* name) {
   float* data = checked_map(t, name);

@@ -62,16 +62,16 @@ def conv_bn(
     made_from = _tensors(conv, bn)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in made_from)
     is_plain = type(conv) is nn.Conv2d and _is_plain(x, conv, made_from) and _is_last(x)
-    fast = is_plain and winograd.suits(x, conv)
+    by_winograd = is_plain and winograd.suits(x, conv)
     how, weight, bias = "", conv.weight, conv.bias
     if learns or torch.compiler.is_compiling() or any(t.is_inference() for t in made_from):
         if bn is not None:
             weight, bias = fold(conv, bn)
     else:
         if is_plain and not _wants_gradient(x):
-            how = "winograd" if fast else "pointwise" if pointwise.suits(x, conv) else "packed"
+            how = "winograd" if by_winograd else "pointwise" if pointwise.suits(x, conv) else "packed"
         weight, bias = _kept(x, conv, bn, made_from, how)
-    if fast:
+    if by_winograd:
         relu = activation == "relu" and residual is None
         if how == "winograd":
             out = winograd.run(x, weight, bias, conv.out_channels, conv.padding[0], relu=relu)
@@ -150,15 +150,15 @@ def _trains(bn: nn.Module, x: Tensor) -> bool:
 
 
 def _batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, activation: str | None, residual: Tensor | None) -> Tensor:
-    mean, var, momentum = _statistics(bn) or (None, None, 0.0)
+    mean, var, momentum = _statistics(bn)
     statistics = {"running_mean": mean, "running_var": var, "momentum": momentum}
     return batch_norm_act(x, bn.weight, bn.bias, residual, eps=bn.eps, activation=activation, **statistics)
 
 
-def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float] | None:
+def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, float]:
     """What this batch is to move, and how far; it is counted."""
     if not (bn.training and bn.track_running_stats):
-        return None
+        return None, None, 0.0
     tracked, momentum = bn.num_batches_tracked, bn.momentum
     if tracked is not None:
         tracked.add_(1)

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from pyzoo._backend import Kernel, runs_on_core
 from pyzoo.ops import _common as common
 from pyzoo.ops.batch_norm_act import _batch_norm_act_grad, _can_overwrite, _counts, _counts_alone
-from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d
+from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, _output_size
 
 _pointwise_fwd = Kernel("batch_norm_act", "pointwise_bn_act_fwd")
 _pointwise_bwd = Kernel("batch_norm_act", "pointwise_bn_act_bwd")
@@ -45,7 +45,7 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
             and conv.padding_mode == "zeros"
             and not isinstance(conv.padding, str)
             and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-            and min(size := _output_size(conv, height, width)) > 0
+            and min(size := _size(conv, height, width)) > 0
             and images * size[0] * size[1] > 1
         )
     return (
@@ -57,9 +57,10 @@ def suits(x: Tensor, conv: nn.Conv2d) -> bool:
     )
 
 
-def _output_size(conv: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
-    (ky, kx), (sy, sx), (py, px), (dy, dx) = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-    return (height + 2 * py - dy * (ky - 1) - 1) // sy + 1, (width + 2 * px - dx * (kx - 1) - 1) // sx + 1
+def _size(conv: nn.Conv2d, height: int, width: int) -> list[int]:
+    """Height and width of the output."""
+    y, x = conv.padding
+    return _output_size((height, width), conv.kernel_size, conv.stride, (y, y, x, x), conv.dilation)
 
 
 class _ConvBNAct(common.Function):
@@ -69,7 +70,7 @@ class _ConvBNAct(common.Function):
         ctx.depthwise = type(conv) is DepthwiseConv2d
         ctx.geometry = conv.stride, conv.padding, conv.dilation
         last = not ctx.depthwise or common.prefers_channels_last(x)
-        size = (len(x), channels, *_output_size(conv, *x.shape[2:]))
+        size = (len(x), channels, *_size(conv, *x.shape[2:]))
         raw, output = common.empty(size, x, last), common.empty(size, x, last)
         mean, var = torch.empty(channels), torch.empty(channels)
         if residual is not None:
@@ -126,15 +127,14 @@ def conv_bn_act(
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d,
     residual: Tensor | None,
-    statistics: tuple[Tensor, Tensor, float] | None,
+    statistics: tuple[Tensor | None, Tensor | None, float],
     activation: str | None,
 ) -> Tensor:
     """``activation(norm(conv(x)) + residual)`` with the statistics of the batch, which move running mean and variance
     as far as ``statistics`` says; differentiable."""
     kind = common.activation_index("conv_bn_act", activation)
     kernel, (weight, bias) = conv._parameters["weight"], norm._parameters.values()
-    moved = statistics or (None, None, 0.0)
-    output = _ConvBNAct.apply(x, kernel, weight, bias, residual, conv, moved, norm.eps, kind)
-    if statistics is not None:
+    output = _ConvBNAct.apply(x, kernel, weight, bias, residual, conv, statistics, norm.eps, kind)
+    if statistics[0] is not None:
         increment_version(statistics[:2])  # who keeps what was made of them is to notice
     return output
