@@ -102,9 +102,8 @@ def cuda_flags() -> tuple[list[str], str]:
 # For g++. Without copies of functions, for constant arguments or inlined though nobody asked for it, and of loops, it
 # takes less time and kernels are as fast; garbage, collected from 128 MB on, takes another tenth of the time.
 GNU_FLAGS = ["--param=max-inline-insns-single=70", "--param=max-inline-insns-auto=15", "-fno-ipa-cp-clone"]
-GNU_FLAGS += ["-fno-unswitch-loops", "-fno-split-loops", "-fno-loop-interchange", "-fno-loop-unroll-and-jam"]
-GNU_FLAGS += ["-fno-tree-loop-distribution", "-fno-version-loops-for-strides", "-fno-split-paths"]
-GNU_FLAGS += ["-fno-predictive-commoning", "-fno-gcse-after-reload", "--param=ggc-min-heapsize=1000000"]
+GNU_FLAGS += ["-fno-version-loops-for-strides", "-fno-split-loops", "-fno-split-paths", "-fno-predictive-commoning"]
+GNU_FLAGS += ["-fno-gcse-after-reload", "--param=ggc-min-heapsize=1000000"]
 # What nearly every kernel includes: g++ reads it once for all.
 HEADERS = '#include "common/feature_map.h"\n#include "common/vec.h"\n'
 
