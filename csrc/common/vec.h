@@ -15,6 +15,7 @@
 #include "dtype.h"
 #include "isa.h"
 #include "parallel.h"
+#include "transpose.h"
 
 #define PZ_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
