@@ -196,9 +196,8 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
   const Blocks blocks = checked(input, {{residual, "residual"}, {&output, "output"}}, conv);
   check_channels(input, {{&weight, "weight"}, {&bias, "bias"}, {&mean, "mean"}, {&var, "var"}});
   prefer_huge_pages(output.data, output.numel() * dtype_size(output.dtype));
-  dispatch_floating(input.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
+  dispatch_sums(input.dtype, [&](auto zero) {
+    using A = decltype(zero);
     if (blocks.numel == 0) {
       for (const Tensor* t : {&mean, &var}) std::fill_n(t->ptr<A>(), blocks.channels, A(0));
       return;
@@ -212,7 +211,10 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
           if (conv)
             (*convolution)(blocks.pixels_of(block), conv->input + blocks.first_pixel(block) * conv->inputs,
                            input.ptr<float>() + block.offset);
-          PZ_FOR_ISA_OF(T, template moments<T>)(input.ptr<T>(), block, blocks.planar, &means[blocks.place(i)], &squares[blocks.place(i)]);
+          with_storage<A>(input.dtype, [&](auto zero) {
+            using T = decltype(zero);
+            PZ_FOR_ISA_OF(T, template moments<T>)(input.ptr<T>(), block, blocks.planar, &means[blocks.place(i)], &squares[blocks.place(i)]);
+          });
         },
         conv ? conv->inputs : 0);
     // Chan, Golub and LeVeque 1983: the sum of squares around the common mean.
@@ -230,8 +232,11 @@ void forward(const Pointwise* conv, const Tensor& input, const Tensor& weight, c
     const Scale<A> scale(blocks, mean.ptr<A>(), var.ptr<A>(), weight.ptr<A>(), bias.ptr<A>(), eps);
     const Bounds<A> bounds(activation);
     blocks.each([&](int64_t i) {
-      PZ_FOR_ISA_OF(T, template normalise<T>)(input.ptr<T>(), residual ? residual->ptr<T>() : nullptr, output.ptr<T>(), blocks[i],
-                                              blocks.planar, scale, bounds);
+      with_storage<A>(input.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        PZ_FOR_ISA_OF(T, template normalise<T>)(input.ptr<T>(), residual ? residual->ptr<T>() : nullptr, output.ptr<T>(), blocks[i],
+                                                blocks.planar, scale, bounds);
+      });
     });
   });
 }
@@ -247,23 +252,25 @@ void backward(const Pointwise* conv, float* grad_conv_input, float* grad_conv_we
   check_channels(input, {{&grad_weight, "grad_weight"}, {&grad_bias, "grad_bias"}});
   for (const Tensor* t : {&grad_input, grad_residual})
     if (t && t->data != grad_output.data) prefer_huge_pages(t->data, t->numel() * dtype_size(t->dtype));
-  dispatch_floating(input.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
+  dispatch_sums(input.dtype, [&](auto zero) {
+    using A = decltype(zero);
     if (blocks.numel == 0) {
       for (const Tensor* t : {&grad_weight, &grad_bias}) std::fill_n(t->ptr<A>(), blocks.channels, A(0));
       if (grad_conv_weight) std::fill_n(grad_conv_weight, conv->outputs * conv->inputs, 0.0f);
       return;
     }
-    const T *x = input.ptr<T>(), *grad = grad_output.ptr<T>();
     const Scale<A> scale(blocks, mean.ptr<A>(), var.ptr<A>(), weight.ptr<A>(), bias.ptr<A>(), eps);
     Scratch<A> sums(size_t(blocks.places())), products(size_t(blocks.places()));
     blocks.each([&](int64_t i) {
       A *sum = &sums[blocks.place(i)], *product = &products[blocks.place(i)];
-      if (output)
-        PZ_FOR_ISA_OF(T, template open_and_sum<T>)(grad, x, output->ptr<T>(), grad_residual->ptr<T>(), blocks[i], blocks.planar, scale,
-                                                   Bounds<A>(activation), sum, product);
-      else PZ_FOR_ISA_OF(T, template sum_open<T>)(grad, x, blocks[i], blocks.planar, scale, Bounds<A>(activation), sum, product);
+      with_storage<A>(input.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const T *x = input.ptr<T>(), *grad = grad_output.ptr<T>();
+        if (output)
+          PZ_FOR_ISA_OF(T, template open_and_sum<T>)(grad, x, output->ptr<T>(), grad_residual->ptr<T>(), blocks[i], blocks.planar, scale,
+                                                     Bounds<A>(activation), sum, product);
+        else PZ_FOR_ISA_OF(T, template sum_open<T>)(grad, x, blocks[i], blocks.planar, scale, Bounds<A>(activation), sum, product);
+      });
     });
     std::vector<double> sum(size_t(blocks.channels)), product(size_t(blocks.channels));
     blocks.each_place([&](int64_t c, int64_t place, int64_t) { sum[c] += sums[place], product[c] += products[place]; });
@@ -277,14 +284,18 @@ void backward(const Pointwise* conv, float* grad_conv_input, float* grad_conv_we
     // grad_input = factor * (grad - mean(grad) - (x - mean) * rstd^2 * mean(grad * (x - mean))), Ioffe and Szegedy 2015, section 3
     const Columns<A> shift(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd[c] * sum[c] / n); });
     const Columns<A> slope(blocks, [&](int64_t c) { return A(weight.ptr<A>()[c] * rstd[c] * rstd[c] * rstd[c] * product[c] / n); });
-    if (grad_residual) grad = grad_residual->ptr<T>();
+    const Tensor& grad = grad_residual ? *grad_residual : grad_output;
     const Bounds<A> bounds(grad_residual ? 0 : activation);
     std::optional<Product> convolution;
     if (grad_conv_input) convolution.emplace(*conv, false);
     blocks.each(
         [&](int64_t i) {
           const Block block = blocks[i];
-          PZ_FOR_ISA_OF(T, template differentiate<T>)(grad, x, grad_input.ptr<T>(), block, blocks.planar, scale, bounds, shift, slope);
+          with_storage<A>(input.dtype, [&](auto zero) {
+            using T = decltype(zero);
+            PZ_FOR_ISA_OF(T, template differentiate<T>)(grad.ptr<T>(), input.ptr<T>(), grad_input.ptr<T>(), block, blocks.planar, scale,
+                                                        bounds, shift, slope);
+          });
           if (grad_conv_input)
             (*convolution)(blocks.pixels_of(block), grad_input.ptr<float>() + block.offset,
                            grad_conv_input + blocks.first_pixel(block) * conv->inputs);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -31,3 +32,27 @@
 #else
 #define PZ_SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, type{__VA_ARGS__})
 #endif
+
+namespace pyzoo {
+
+// Calls f with a value of the type that sums over the floating dtype are kept in. Kernels of that type read and write the dtype's elements
+// through with_storage: what does not depend on them is compiled once for float and the 16-bit types.
+template <class F>
+auto dispatch_sums(DType t, F&& f) {
+  return t == DType::f64 ? f(double{}) : f(float{});
+}
+
+template <class A, class F>
+PZ_INLINE void with_storage(DType t, const F& f) {
+  if constexpr (sizeof(A) == sizeof(double)) f(double{});
+  else if (t == DType::f16) f(Half{});
+  else if (t == DType::bf16) f(BFloat16{});
+  else f(float{});
+}
+
+template <class A>
+bool stored_as_sums(DType t) {
+  return dtype_size(t) == sizeof(A);
+}
+
+}  // namespace pyzoo

@@ -21,11 +21,10 @@ void gather(const FeatureMap& from, const Tensor& weight, const Tensor* bias, co
   const int64_t bytes = to.images * to.channels * to.pixels() * dtype_size(to.dtype);
   if (bytes == 0) return;
   prefer_huge_pages(to.data, bytes);
-  const auto run = [&](auto zero) {
+  dispatch_sums(to.dtype, [&](auto zero) {
     using A = decltype(zero);
     PZ_FOR_ISA_OF(A, template gather_all<A>)(how, from, weight, bias, to);
-  };
-  to.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 }  // namespace

@@ -21,11 +21,10 @@ void depthwise_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& in
   if (grad_bias) check_bias(*grad_bias, "grad_bias", grad);
   if (grad_weight.numel() == 0) return;
   const Gather how = forward_gather(from, grad, grad_weight, s);
-  const auto run = [&](auto zero) {
+  dispatch_sums(from.dtype, [&](auto zero) {
     using A = decltype(zero);
     PZ_FOR_ISA_OF(A, template weight_gradient<A>)(how, from, grad, grad_weight, grad_bias);
-  };
-  from.dtype == DType::f64 ? run(double{}) : run(float{});
+  });
 }
 
 }  // namespace pyzoo

@@ -176,9 +176,9 @@ void multiply(const FeatureMap& source, const Tensor& weight, const Tensor* bias
   const int64_t size = result.images * result.channels * result.pixels();
   if (size == 0) return;
   prefer_huge_pages(result.data, size * dtype_size(result.dtype));
-  dispatch_floating(source.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    PZ_FOR_ISA_OF(T, template masked_conv2d<T>)(source, weight.ptr<T>(), bias ? bias->ptr<T>() : nullptr, result, product);
+  dispatch_sums(source.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    PZ_FOR_ISA_OF(A, template masked_conv2d<A>)(source, weight, bias, result, product);
   });
 }
 
@@ -210,9 +210,9 @@ void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input
     std::fill_n(static_cast<char*>(grad_weight.data), grad_weight.numel() * dtype_size(in.dtype), char(0));
     return;
   }
-  dispatch_floating(in.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    PZ_FOR_ISA_OF(T, template masked_conv2d_weight<T>)(grad, in, grad_weight.ptr<T>(), Product(taps, true));
+  dispatch_sums(in.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    PZ_FOR_ISA_OF(A, template masked_conv2d_weight<A>)(grad, in, grad_weight, Product(taps, true));
   });
 }
 
