@@ -102,6 +102,7 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
 struct Plan {
   Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
   std::vector<Step> steps;
+  std::vector<double> shares;    // of each bin: one by its pixels
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
 
@@ -119,6 +120,8 @@ struct Plan {
       else steps.push_back({level, nullptr, level->y, level->x});
     }
     if (average) share_cells(pyramid);
+    for (const Level& level : pyramid.levels)
+      for (int64_t b = 0; b < level.bins(); ++b) shares.push_back(1.0 / double(level.bin(b).y.size() * level.bin(b).x.size()));
     for (const Step& step : steps)
       if (!step.finer) ++passes, rows += step.level->height;
   }
