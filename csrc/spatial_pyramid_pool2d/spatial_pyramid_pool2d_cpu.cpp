@@ -141,7 +141,7 @@ struct Plan {
     int64_t gain = 0, passed = 0;
     std::vector<Step*> sharing;
     std::vector<const Level*> levels;
-    size_t count = 0;  // of steps that share, in the end
+    size_t count = 0;                          // of steps that share, in the end
     for (size_t i = steps.size(); i-- > 0;) {  // the coarsest first
       if (steps[i].finer) continue;
       sharing.push_back(&steps[i]), levels.push_back(steps[i].level);
