@@ -88,3 +88,14 @@ def test_module():
     for side in (13, 10):  # maps of SPP-net for images of 224 and 180 pixels
         assert pool(torch.rand(2, 256, side, side)).shape == (2, 12800)
     assert str(pool) == "SpatialPyramidPool2d(levels=(6, 3, 2, 1), mode='max')"
+
+
+def test_calls_in_turns_do_not_share_a_plan():
+    """The core keeps the plan of the last call of a thread."""
+    wide, high = torch.randn(2, 5, 7, 12), torch.randn(2, 5, 12, 7)
+    for _ in range(2):
+        for x in (wide, high):
+            for levels in ((1, 2, 3), (3, 2, 1), ((2, 3), (3, 2))):
+                for mode in ("max", "avg"):
+                    expected = spatial_pyramid_pool2d_reference(x, levels, mode)
+                    torch.testing.assert_close(spatial_pyramid_pool2d(x, levels, mode), expected)

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -22,6 +23,12 @@ struct Span {
 struct Bin {
   Span y, x;
 };
+
+// How many members all pairs of a span of rows and one of columns have together.
+int64_t covered_by(const std::vector<Span>& y, const std::vector<Span>& x) {
+  const auto add_size = [](int64_t sum, const Span& span) { return sum + span.size(); };
+  return std::accumulate(y.begin(), y.end(), int64_t(0), add_size) * std::accumulate(x.begin(), x.end(), int64_t(0), add_size);
+}
 
 // One level of the pyramid on a map of a given size.
 struct Level {
@@ -49,9 +56,7 @@ struct Pyramid {
       const int64_t h = sizes[i], w = sizes[i + 1];
       levels.push_back({h, w, bins, cut(h, height), cut(w, width)});
       bins += h * w;
-      const auto add_size = [](int64_t sum, const Span& span) { return sum + span.size(); };
-      const std::vector<Span>&y = levels.back().y, &x = levels.back().x;
-      covered += std::accumulate(y.begin(), y.end(), int64_t(0), add_size) * std::accumulate(x.begin(), x.end(), int64_t(0), add_size);
+      covered += covered_by(levels.back().y, levels.back().x);
     }
   }
 };
@@ -97,6 +102,7 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
 struct Plan {
   Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
   std::vector<Step> steps;
+  std::vector<double> shares;    // of each bin: one by its pixels
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
 
@@ -113,7 +119,9 @@ struct Plan {
       if (finer) steps.push_back({level, finer, groups(finer->height, level->height), groups(finer->width, level->width)});
       else steps.push_back({level, nullptr, level->y, level->x});
     }
-    if (average) share_cells(pyramid, map);
+    if (average) share_cells(pyramid);
+    for (const Level& level : pyramid.levels)
+      for (int64_t b = 0; b < level.bins(); ++b) shares.push_back(1.0 / double(level.bin(b).y.size() * level.bin(b).x.size()));
     for (const Step& step : steps)
       if (!step.finer) ++passes, rows += step.level->height;
   }
@@ -126,20 +134,51 @@ struct Plan {
     return spans;
   }
 
-  // Levels that do not divide each other: if it is less work, each is made of cells, and only these are read from the map.
-  void share_cells(const Pyramid& pyramid, const FeatureMap& map) {
-    std::vector<const Level*> roots;
-    for (const Step& step : steps)
-      if (!step.finer) roots.push_back(step.level);
-    if (roots.size() < 2) return;
-    cells = cut_cells(roots, pyramid.bins);
-    const int64_t passes = int64_t(roots.size());
-    if (map.pixels() + (passes + 1) * cells.bins() >= passes * map.pixels()) return;
-    for (Step& step : steps)
-      if (!step.finer) step = {step.level, &cells, in_terms_of(step.y, cells.y), in_terms_of(step.x, cells.x)};
+  // Levels that do not divide each other: the coarser of them are made of cells, if that is less work, and only these are read from the
+  // map.
+  void share_cells(const Pyramid& pyramid) {
+    constexpr int64_t kBin = 8;  // what starting and storing one costs, in additions
+    int64_t gain = 0, passed = 0;
+    std::vector<Step*> sharing;
+    std::vector<const Level*> levels;
+    size_t count = 0;                          // of steps that share, in the end
+    for (size_t i = steps.size(); i-- > 0;) {  // the coarsest first
+      if (steps[i].finer) continue;
+      sharing.push_back(&steps[i]), levels.push_back(steps[i].level);
+      passed += covered_by(steps[i].y, steps[i].x);
+      const Level all = cut_cells(levels, pyramid.bins);
+      int64_t work = covered_by(all.y, all.x) + kBin * all.bins();
+      for (const Level* level : levels) work += covered_by(in_terms_of(level->y, all.y), in_terms_of(level->x, all.x));
+      if (passed - work > gain) gain = passed - work, count = levels.size(), cells = all;
+    }
+    if (count == 0) return;
+    for (size_t i = 0; i < count; ++i) {
+      const Level& level = *levels[i];
+      *sharing[i] = {&level, &cells, in_terms_of(level.y, cells.y), in_terms_of(level.x, cells.x)};
+    }
     steps.insert(steps.begin(), {&cells, nullptr, cells.y, cells.x});
     bins += cells.bins();
   }
+};
+
+// What a thread did last, it will do again: a network pools maps of one size, and a small one in less time than the plan takes.
+struct LastPlan {
+  std::vector<int64_t> sizes;
+  int64_t height, width;
+  bool average;
+  Pyramid pyramid;
+  Plan plan;
+
+  static const LastPlan& of(const std::vector<int64_t>& sizes, const FeatureMap& map, bool average) {
+    static thread_local std::unique_ptr<const LastPlan> last;
+    if (!last || last->sizes != sizes || last->height != map.height || last->width != map.width || last->average != average)
+      last.reset(new LastPlan(sizes, map, average));
+    return *last;
+  }
+
+ private:
+  LastPlan(const std::vector<int64_t>& sizes, const FeatureMap& map, bool average)
+      : sizes(sizes), height(map.height), width(map.width), average(average), pyramid(sizes, height, width), plan(pyramid, map, average) {}
 };
 
 // For each cell, row by row, the bins that cover it.
@@ -191,7 +230,8 @@ enum class Mode { average, max, argmax };
 void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const Tensor* argmax,
                                     bool average) {
   const FeatureMap map(input, "input");
-  const Pyramid pyramid(levels, map.height, map.width);
+  const LastPlan& last = LastPlan::of(levels, map, average);
+  const Pyramid& pyramid = last.pyramid;
   check_features(output, "output", map, pyramid.bins);
   check_dtype(output, "output", input.dtype);
   PZ_CHECK(!average || !argmax, "a mean has no argmax");
@@ -201,12 +241,11 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
   }
   if (output.numel() == 0) return;
   PZ_CHECK(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
-  const Plan plan(pyramid, map, average);
   const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
   dispatch_floating(input.dtype, [&](auto zero) {
     using T = decltype(zero);
-    PZ_FOR_ISA_OF(T, template pool<T>)(map, pyramid, plan, mode, output.ptr<T>(), indices);
+    PZ_FOR_ISA_OF(T, template pool<T>)(map, pyramid, last.plan, mode, output.ptr<T>(), indices);
   });
 }
 
