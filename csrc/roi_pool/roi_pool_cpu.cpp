@@ -15,24 +15,22 @@ namespace {
 
 constexpr int kMostPositions = 255;  // pixels of a bin whose positions fit a byte, and leave 255 for none
 
-constexpr struct Count {
-  int32_t from_zero[kMostPositions] = {};
-  constexpr Count() {
-    for (int i = 0; i < kMostPositions; ++i) from_zero[i] = i;
-  }
-} kCount;
-
 struct Span {
   int32_t begin, end;
-  int64_t size() const { return std::max(0, end - begin); }
+  int32_t size() const { return end - begin; }
 };
 
-// The bins of one box: every row of bins has the pixel rows y[py], every column the pixel columns x[px].
+// The bins of a box along one axis, as pixels.
+struct AxisBins {
+  const Span* spans;
+  int count;
+
+  const Span& operator[](int p) const { return spans[p]; }
+  Span all() const { return {spans[0].begin, spans[count - 1].end}; }
+};
+
 struct BoxBins {
-  const Span *y, *x;
-  int bins_y, bins_x;
-  Span rows() const { return {y[0].begin, y[bins_y - 1].end}; }  // of pixels
-  Span columns() const { return {x[0].begin, x[bins_x - 1].end}; }
+  AxisBins y, x;
 };
 
 // The bins of all boxes, made once and used for all channels, and what follows from them.
@@ -45,7 +43,7 @@ struct BinTable {
 
   BoxBins box(int64_t k) const {
     const Span* y = spans.data() + k * (bins_y + bins_x);
-    return {y, y + bins_y, bins_y, bins_x};
+    return {{y, bins_y}, {y + bins_y, bins_x}};
   }
 
   template <class G>
@@ -56,20 +54,20 @@ struct BinTable {
         order(image, map.images, [this](int64_t k) { return std::pair{box(k).y[0].begin, box(k).x[0].begin}; }) {
     for (int64_t k = 0; k < rois.count(); ++k) {
       const BoxBins b = box(k);
-      const auto longest = [](const Span* spans, int bins) {
-        int64_t pixels = 0;
-        for (int p = 0; p < bins; ++p) pixels = std::max(pixels, spans[p].size());
+      const auto longest = [](const AxisBins& axis) {
+        int32_t pixels = 0;
+        for (int p = 0; p < axis.count; ++p) pixels = std::max(pixels, axis[p].size());
         return pixels;
       };
-      largest_bin = std::max(largest_bin, longest(b.y, bins_y) * longest(b.x, bins_x));
-      work += double(pooled.channels) * double(std::max(b.rows().size() * b.columns().size(), pooled.bins()));
+      largest_bin = std::max(largest_bin, int64_t(longest(b.y)) * longest(b.x));
+      work += double(pooled.channels) * double(std::max(int64_t(b.y.all().size()) * b.x.all().size(), pooled.bins()));
     }
   }
 
   TouchedPixels touched(const FeatureMap& map, const std::vector<int32_t>& image) const {
     TouchedPixels pixels(map);
     for (size_t k = 0; k < image.size(); ++k) {
-      const Span y = box(int64_t(k)).rows(), x = box(int64_t(k)).columns();
+      const Span y = box(int64_t(k)).y.all(), x = box(int64_t(k)).x.all();
       if (y.size() && x.size()) pixels.mark(map, image[k], y.begin, y.end - 1, x.begin, x.end - 1);
     }
     return pixels;
@@ -79,8 +77,8 @@ struct BinTable {
   // G: the type of the geometry, double as soon as the boxes or the features are.
   template <class G>
   std::vector<Span> make_spans(const Rois& rois, double scale, const Pooled& pooled, const FeatureMap& map) {
-    std::vector<Span> out;
-    out.reserve(size_t(rois.count() * (bins_y + bins_x)));
+    std::vector<Span> out(size_t(rois.count() * (bins_y + bins_x)));
+    Span* at = out.data();
     for (int64_t k = 0; k < rois.count(); ++k) {
       const RoiPoolAxis<G> y(rois.at<G>(k, 2), rois.at<G>(k, 4), G(scale), bins_y, map.height);
       const RoiPoolAxis<G> x(rois.at<G>(k, 1), rois.at<G>(k, 3), G(scale), bins_x, map.width);
@@ -88,73 +86,14 @@ struct BinTable {
         for (int p = 0; p < bins; ++p) {
           int64_t begin, end;
           axis.pixels(p, begin, end);
-          out.push_back({int32_t(begin), int32_t(end)});
+          at[p] = {int32_t(begin), int32_t(end)};
         }
+        at += bins;
       };
       append(y, bins_y);
       append(x, bins_x);
     }
     return out;
-  }
-};
-
-// The pixels of the bins of a box, row-major, as offsets into a buffer: made once for many channels, so that the kernels have one loop
-// for each bin. Rows of bins with equally many rows of pixels share one list, which counts from where the row begins.
-struct BinPixels {
-  struct Bin {
-    int32_t begin, end;  // in the list
-    int32_t columns;
-  };
-  struct Row {
-    int32_t height;
-    int32_t bins;     // where its bins begin
-    int32_t skipped;  // rows of pixels before the first that is listed
-    int32_t number;   // y * width of that
-    int64_t offset;   // of that
-  };
-  Scratch<Row> rows;
-  Scratch<Bin> bins;
-  Scratch<int64_t> at;
-  Scratch<int32_t> number;  // y * width + x, if wanted
-
-  // Lists the given rows of bins, as far as they lie in the given rows of pixels. Pixel (y, x) is at y * row_stride + x * pixel_stride.
-  void list(const BoxBins& box, Span bin_rows, Span pixels, int64_t row_stride, int64_t pixel_stride, int32_t width,
-            bool numbered = false) {
-    rows.clear(), bins.clear();
-    int32_t columns = 0, listed = 0;
-    for (int p = 0; p < box.bins_x; ++p) columns += int32_t(box.x[p].size());
-    for (int p = bin_rows.begin; p < bin_rows.end; ++p) {
-      const int32_t y = std::max(box.y[p].begin, pixels.begin), height = std::max(0, std::min(box.y[p].end, pixels.end) - y);
-      const auto like = std::find_if(rows.begin(), rows.end(), [height](const Row& row) { return row.height == height; });
-      const bool listed_before = like != rows.end();
-      rows.push_back({height, listed_before ? like->bins : int32_t(bins.size()), y - box.y[p].begin, y * width, y * row_stride});
-      if (listed_before) continue;
-      const size_t room = size_t(listed + int64_t(height) * columns + kAtOnce);
-      at.resize(room), number.resize(numbered ? room : 0);
-      for (int px = 0; px < box.bins_x; ++px) {
-        const Span x{box.x[px].begin, box.x[px].begin + int32_t(box.x[px].size())};
-        const int32_t begin = listed;
-        for (int32_t row = 0; row < height; ++row, listed += x.end - x.begin) {
-          write_run(at.data() + listed, row * row_stride + x.begin * pixel_stride, pixel_stride, x.end - x.begin);
-          if (numbered) write_run(number.data() + listed, row * width + x.begin, 1, x.end - x.begin);
-        }
-        bins.push_back({begin, listed, x.end - x.begin});
-      }
-    }
-  }
-  // Where in the list the pixel of a position in the bin is, -1 if nowhere.
-  static int32_t find(const Row& row, const Bin& bin, int32_t position) {
-    const int32_t i = position - row.skipped * bin.columns;
-    return i >= 0 && i < bin.end - bin.begin ? bin.begin + i : -1;
-  }
-
- private:
-  static constexpr int32_t kAtOnce = 4;  // written whatever the width, to spare a branch that nothing predicts
-
-  template <class Offset>
-  static void write_run(Offset* out, int64_t first, int64_t step, int32_t columns) {
-    for (int32_t i = 0; i < kAtOnce; ++i) out[i] = Offset(first + i * step);
-    for (int32_t i = kAtOnce; i < columns; ++i) out[i] = Offset(first + i * step);
   }
 };
 
