@@ -102,7 +102,7 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
 struct Plan {
   Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
   std::vector<Step> steps;
-  std::vector<double> shares;    // of each bin: one by its pixels
+  std::vector<double> shares;    // of the mean: of each bin, one by its pixels
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
 
@@ -121,7 +121,7 @@ struct Plan {
     }
     if (average) share_cells(pyramid);
     for (const Level& level : pyramid.levels)
-      for (int64_t b = 0; b < level.bins(); ++b) shares.push_back(1.0 / double(level.bin(b).y.size() * level.bin(b).x.size()));
+      for (int64_t b = 0; average && b < level.bins(); ++b) shares.push_back(1.0 / double(level.bin(b).y.size() * level.bin(b).x.size()));
     for (const Step& step : steps)
       if (!step.finer) ++passes, rows += step.level->height;
   }
@@ -230,6 +230,7 @@ enum class Mode { average, max, argmax };
 void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64_t>& levels, const Tensor& output, const Tensor* argmax,
                                     bool average) {
   const FeatureMap map(input, "input");
+  if (output.numel() == 0) return check_features(output, "output", map, Pyramid(levels, map.height, map.width).bins);
   const LastPlan& last = LastPlan::of(levels, map, average);
   const Pyramid& pyramid = last.pyramid;
   check_features(output, "output", map, pyramid.bins);
@@ -239,7 +240,6 @@ void spatial_pyramid_pool2d_fwd_cpu(const Tensor& input, const std::vector<int64
     check_features(*argmax, "argmax", map, pyramid.bins);
     check_dtype(*argmax, "argmax", DType::i32);
   }
-  if (output.numel() == 0) return;
   PZ_CHECK(map.pixels() > 0, "input must have pixels, got shape " + input.shape_string());
   const Mode mode = average ? Mode::average : argmax ? Mode::argmax : Mode::max;
   int32_t* indices = argmax ? argmax->ptr<int32_t>() : nullptr;
