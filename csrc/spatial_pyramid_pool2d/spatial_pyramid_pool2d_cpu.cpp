@@ -67,6 +67,7 @@ struct Step {
   const Level* level;
   const Level* finer;  // null: the map
   std::vector<Span> y, x;
+  std::vector<double> shares{};  // of the mean: of what a bin is made of, in the value of the bin
 };
 
 // The runs of pixels that no border of a bin divides.
@@ -102,7 +103,6 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
 struct Plan {
   Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
   std::vector<Step> steps;
-  std::vector<double> shares;    // of the mean: of each bin, one by its pixels
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
 
@@ -120,14 +120,23 @@ struct Plan {
       else steps.push_back({level, nullptr, level->y, level->x});
     }
     if (average) share_cells(pyramid);
-    for (const Level& level : pyramid.levels)
-      for (int64_t b = 0; average && b < level.bins(); ++b) shares.push_back(1.0 / double(level.bin(b).y.size() * level.bin(b).x.size()));
-    for (const Step& step : steps)
+    for (Step& step : steps) {
       if (!step.finer) ++passes, rows += step.level->height;
+      for (int64_t b = 0; average && b < step.level->bins(); ++b) step.shares.push_back(share(step, b));
+    }
   }
   Plan(const Plan&) = delete;  // steps point to cells
 
  private:
+  // Cells are sums; bins are means, of pixels or of the bins of a finer level.
+  double share(const Step& step, int64_t b) const {
+    if (step.level == &cells) return 1;
+    const Level& level = *step.level;
+    const bool of_bins = step.finer && step.finer != &cells;
+    const Span &y = of_bins ? step.y[b / level.width] : level.bin(b).y, &x = of_bins ? step.x[b % level.width] : level.bin(b).x;
+    return 1.0 / double(y.size() * x.size());
+  }
+
   static std::vector<Span> groups(int64_t bins, int64_t count) {
     std::vector<Span> spans;
     for (int64_t i = 0; i < count; ++i) spans.push_back({i * (bins / count), (i + 1) * (bins / count)});
