@@ -73,7 +73,7 @@ struct Blocks {
   void each(const F& f, int64_t depth = 0) const {
     // An element counts for more than its arithmetic: it lies in the cache of the thread that wrote it, in the function that just ran.
     constexpr double kFetch = 5;
-    parallel_for_equal(tasks, (kFetch + double(depth) / 8) * double(numel), [&](int64_t task) { each_in_task(task, f); });
+    parallel_for(tasks, (kFetch + double(depth) / 8) * double(numel), [&](int64_t task) { each_in_task(task, f); });
   }
   int64_t first_pixel(const Block& block) const { return block.offset / channels; }
   int64_t pixels_of(const Block& block) const { return block.rows * block.columns / channels; }

@@ -65,7 +65,7 @@ namespace {
 
 void fill_panels(const Pointwise& conv, bool turned, float* to) {
   const int64_t depth = turned ? conv.inputs : conv.outputs, columns = turned ? conv.outputs : conv.inputs;
-  parallel_for_equal(ceil_div(columns, kPanel), double(panels_size(depth, columns)), [&](int64_t p) {
+  parallel_for(ceil_div(columns, kPanel), double(panels_size(depth, columns)), [&](int64_t p) {
     const int64_t first = p * kPanel, count = std::min(kPanel, columns - first);
     if (turned) PZ_FOR_ISA(pack_turned)(conv.weight + first * depth, depth, count, to + first * depth);
     else PZ_FOR_ISA(pack)(conv.weight + first, columns, depth, count, to + first * depth);
@@ -125,7 +125,7 @@ void pointwise_conv_cpu(const Tensor& input, const Tensor& packed, const Tensor*
   if (bias) check_numbers(*bias, outputs, "bias");
   const float* add = residual ? checked_like(*residual, output, "residual") : nullptr;
   prefer_huge_pages(to, pixels * outputs * int64_t(sizeof(float)));
-  parallel_for_equal(ceil_div(pixels, kPixels), double(pixels) * double(outputs) * (1 + double(inputs) / 8), [&](int64_t task) {
+  parallel_for(ceil_div(pixels, kPixels), double(pixels) * double(outputs) * (1 + double(inputs) / 8), [&](int64_t task) {
     const int64_t first = task * kPixels, rows = std::min(kPixels, pixels - first);
     float* out = to + first * outputs;
     PZ_FOR_ISA(multiply)(rows, inputs, outputs, from + first * inputs, packed.ptr<float>(), out);

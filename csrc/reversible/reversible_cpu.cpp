@@ -65,7 +65,7 @@ void run(std::initializer_list<Coupling> couplings) {
   // An element counts for more than its addition: it lies in the cache of the thread that wrote it, in the function that just ran.
   constexpr double kFetch = 5;
   const int64_t numel = couplings.begin()->numel;
-  parallel_for_equal((numel + kTask - 1) / kTask, kFetch * double(numel) * double(couplings.size()), [&](int64_t task) {
+  parallel_for((numel + kTask - 1) / kTask, kFetch * double(numel) * double(couplings.size()), [&](int64_t task) {
     const int64_t begin = task * kTask, end = std::min(numel, begin + kTask);
     for (const Coupling& c : couplings) c.minus ? couple_range<true>(c, begin, end) : couple_range<false>(c, begin, end);
   });
