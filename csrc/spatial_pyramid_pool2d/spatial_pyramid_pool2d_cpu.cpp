@@ -1,7 +1,9 @@
+#include <cstdlib>
 #include <algorithm>
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -41,8 +43,7 @@ struct Level {
 
 struct Pyramid {
   std::vector<Level> levels;
-  int64_t bins = 0;     // of a channel
-  int64_t covered = 0;  // pixels in them
+  int64_t bins = 0;  // of a channel
 
   Pyramid(const std::vector<int64_t>& sizes, int64_t height, int64_t width) {
     check_levels(sizes);
@@ -56,7 +57,6 @@ struct Pyramid {
       const int64_t h = sizes[i], w = sizes[i + 1];
       levels.push_back({h, w, bins, cut(h, height), cut(w, width)});
       bins += h * w;
-      covered += covered_by(levels.back().y, levels.back().x);
     }
   }
 };
@@ -105,6 +105,7 @@ struct Plan {
   std::vector<Step> steps;
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
+  double depth = 0;              // the pixels of a bin that is read from the map
 
   Plan(const Pyramid& pyramid, const FeatureMap& map, bool average) : bins(pyramid.bins) {
     std::vector<const Level*> levels;
@@ -120,10 +121,12 @@ struct Plan {
       else steps.push_back({level, nullptr, level->y, level->x});
     }
     if (average) share_cells(pyramid);
+    int64_t read = 0, covered = 0;
     for (Step& step : steps) {
-      if (!step.finer) ++passes, rows += step.level->height;
+      if (!step.finer) ++passes, rows += step.level->height, read += step.level->bins(), covered += covered_by(step.y, step.x);
       for (int64_t b = 0; average && b < step.level->bins(); ++b) step.shares.push_back(share(step, b));
     }
+    depth = double(covered) / double(read);
   }
   Plan(const Plan&) = delete;  // steps point to cells
 
@@ -170,34 +173,11 @@ struct Plan {
   }
 };
 
-// What a thread did last, it will do again: a network pools maps of one size, and a small one in less time than the plan takes.
-struct LastPlan {
-  std::vector<int64_t> sizes;
-  int64_t height, width;
-  bool average;
-  Pyramid pyramid;
-  Plan plan;
-
-  static const LastPlan& of(const std::vector<int64_t>& sizes, const FeatureMap& map, bool average) {
-    static thread_local std::unique_ptr<const LastPlan> last;
-    if (!last || last->sizes != sizes || last->height != map.height || last->width != map.width || last->average != average)
-      last.reset(new LastPlan(sizes, map, average));
-    return *last;
-  }
-
- private:
-  LastPlan(const std::vector<int64_t>& sizes, const FeatureMap& map, bool average)
-      : sizes(sizes), height(map.height), width(map.width), average(average), pyramid(sizes, height, width), plan(pyramid, map, average) {}
-};
-
 // For each cell, row by row, the bins that cover it.
 struct Cover {
   Level cells;
 
-  explicit Cover(const Pyramid& pyramid) {
-    std::vector<const Level*> levels;
-    for (const Level& level : pyramid.levels) levels.push_back(&level);
-    cells = cut_cells(levels, 0);
+  explicit Cover(const std::vector<const Level*>& levels) : cells(cut_cells(levels, 0)) {
     std::vector<std::vector<Span>> y, x;  // of each level: the bins over each cell
     for (const Level* level : levels) y.push_back(covering(level->y, cells.y)), x.push_back(covering(level->x, cells.x));
     first_.reserve(size_t(cells.bins()) + 1);
@@ -227,6 +207,39 @@ struct Cover {
     }
     return spans;
   }
+};
+
+// What a thread did last, it will do again: a network pools maps of one size, and a small one in less time than the plan takes.
+struct LastPlan {
+  std::vector<int64_t> sizes;
+  int64_t height, width;
+  bool average;
+  Pyramid pyramid;
+  Plan plan;
+
+  // By all bins of a mean; of a maximum, by those that are not made of others.
+  const Cover& cover() const {
+    if (!cover_) {
+      std::vector<const Level*> levels;
+      for (const Step& step : plan.steps)
+        if (step.level != &plan.cells && (average || !step.finer)) levels.push_back(step.level);
+      cover_.emplace(levels);
+    }
+    return *cover_;
+  }
+
+  static const LastPlan& of(const std::vector<int64_t>& sizes, const FeatureMap& map, bool average) {
+    static thread_local std::unique_ptr<const LastPlan> last;
+    if (!last || last->sizes != sizes || last->height != map.height || last->width != map.width || last->average != average)
+      last.reset(new LastPlan(sizes, map, average));
+    return *last;
+  }
+
+ private:
+  mutable std::optional<Cover> cover_;
+
+  LastPlan(const std::vector<int64_t>& sizes, const FeatureMap& map, bool average)
+      : sizes(sizes), height(map.height), width(map.width), average(average), pyramid(sizes, height, width), plan(pyramid, map, average) {}
 };
 
 enum class Mode { average, max, argmax };
@@ -262,19 +275,19 @@ void spatial_pyramid_pool2d_bwd_cpu(const Tensor& grad_output, const Tensor* arg
                                     const Tensor& grad_input) {
   const FeatureMap map(grad_input, "grad_input");
   map.check_written("grad_input");
-  const Pyramid pyramid(levels, map.height, map.width);
-  check_features(grad_output, "grad_output", map, pyramid.bins);
+  if (grad_input.numel() == 0) return check_features(grad_output, "grad_output", map, Pyramid(levels, map.height, map.width).bins);
+  const LastPlan& last = LastPlan::of(levels, map, !argmax);
+  check_features(grad_output, "grad_output", map, last.pyramid.bins);
   check_dtype(grad_output, "grad_output", grad_input.dtype);
   if (argmax) {
-    check_features(*argmax, "argmax", map, pyramid.bins);
+    check_features(*argmax, "argmax", map, last.pyramid.bins);
     check_dtype(*argmax, "argmax", DType::i32);
   }
-  if (grad_input.numel() == 0) return;
   prefer_huge_pages(grad_input.data, grad_input.numel() * dtype_size(grad_input.dtype));
   dispatch_floating(grad_input.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int32_t* indices = argmax ? argmax->ptr<const int32_t>() : nullptr;
-    PZ_FOR_ISA_OF(T, template unpool<T>)(map, pyramid, grad_output.ptr<const T>(), indices);
+    PZ_FOR_ISA_OF(T, template unpool<T>)(map, last, grad_output.ptr<const T>(), indices);
   });
 }
 
