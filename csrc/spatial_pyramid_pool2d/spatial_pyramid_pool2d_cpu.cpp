@@ -1,4 +1,3 @@
-#include <cstdlib>
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -105,7 +104,6 @@ struct Plan {
   std::vector<Step> steps;
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
-  double depth = 0;              // the pixels of a bin that is read from the map
 
   Plan(const Pyramid& pyramid, const FeatureMap& map, bool average) : bins(pyramid.bins) {
     std::vector<const Level*> levels;
@@ -121,12 +119,10 @@ struct Plan {
       else steps.push_back({level, nullptr, level->y, level->x});
     }
     if (average) share_cells(pyramid);
-    int64_t read = 0, covered = 0;
     for (Step& step : steps) {
-      if (!step.finer) ++passes, rows += step.level->height, read += step.level->bins(), covered += covered_by(step.y, step.x);
+      if (!step.finer) ++passes, rows += step.level->height;
       for (int64_t b = 0; average && b < step.level->bins(); ++b) step.shares.push_back(share(step, b));
     }
-    depth = double(covered) / double(read);
   }
   Plan(const Plan&) = delete;  // steps point to cells
 
