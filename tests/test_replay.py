@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyzoo.nn import ReversibleBlock, ReversibleSequential
+from pyzoo.nn import ReversibleBlock, ReversibleSequential, _batch_statistics
 from tests.stacks import Returns, check_step, make_input, make_stack, residual, smooth, step, stored
 
 
@@ -20,6 +20,76 @@ def test_batch_norm_is_updated_once():
         if isinstance(module, nn.BatchNorm2d):
             assert module.num_batches_tracked == 1
             assert module.track_running_stats
+
+
+class Twice(nn.Module):
+    """One batch norm on two batches: its statistics are found again."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.norm(x.sin()) * x)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "calls"),
+    [
+        (lambda: residual(4, nn.Dropout(0.3)), (2, 8, 5, 5), 6),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4, momentum=None), nn.Conv2d(4, 4, 1)), (2, 8, 5, 5), 6),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4, affine=False, eps=0.1), nn.Conv2d(4, 4, 1)), (2, 8, 5, 5), 6),
+        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)), (6, 8), 6),
+        (lambda: nn.Sequential(nn.BatchNorm3d(4), nn.Conv3d(4, 4, 1)), (2, 8, 2, 3, 2), 6),
+        (lambda: nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 1)), (2, 8, 5, 5), 0),
+        (Twice, (2, 8, 5, 5), 0),
+        # twice in each second run, and once in the stack that stores, whose functions are such stacks, too
+        (lambda: ReversibleSequential(ReversibleBlock(residual(2), residual(2))), (2, 8, 5, 5), 36),
+    ],
+)
+def test_batch_norm_runs_again_with_the_statistics_that_it_found(function, shape, calls, monkeypatch):
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    replayed, normalize = [], _batch_statistics._Normalize
+    monkeypatch.setattr(normalize, "forward", lambda *args, of=normalize.forward: replayed.append(0) or of(*args))
+    shared, more = function(), [function() for _ in range(4)]
+    blocks = [ReversibleBlock(shared, more[0]), ReversibleBlock(more[1], shared), ReversibleBlock(*more[2:])]
+    stack = ReversibleSequential(*blocks).double()
+    check_step(stack, make_input(*shape))
+    assert len(replayed) == calls
+    assert not any("forward" in m.__dict__ for m in stack.modules())
+
+
+def test_second_derivatives_through_statistics(monkeypatch):
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    stack = make_stack(2)
+    twin, x = copy.deepcopy(stack), make_input(2, 8, 5, 5)
+    found = []
+    for call in (stack, lambda x: stored(twin, x)):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(call(leaf).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
+
+
+class CompiledInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.run = torch.compile(lambda x: self.norm(x).sin(), backend="aot_eager", fullgraph=True)
+
+    def forward(self, x):
+        return self.run(x)
+
+
+def test_compiled_batch_norm_is_not_compiled_again(monkeypatch):
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    torch._dynamo.reset()
+    stack = ReversibleSequential(ReversibleBlock(CompiledInside(), smooth(4))).double()
+    x = make_input(2, 8, 5, 5)
+    stack(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            stack(x).sum().backward()
 
 
 class Counting(nn.Module):

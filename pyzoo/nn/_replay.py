@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
+from pyzoo.nn._batch_statistics import Statistics, can_record, is_large, recording, replaying
 from pyzoo.ops import _common as common
 
 # In training mode these normalize with the statistics of the batch; without tracking they do just that and no more. In
@@ -52,6 +53,7 @@ class Part:
     owners: list[dict] = field(default_factory=list)  # of buffers that it may change
     versions: list[int] = field(default_factory=list)  # of what it read
     changed: list[tuple[dict, str, Tensor]] = field(default_factory=list)  # buffers, as they were before
+    norms: dict[_BatchNorm, list[Statistics | None]] = field(default_factory=dict)  # what these found in their batches
     rng: list[Tensor] | None = None  # before, if it drew random numbers
     dtype: torch.dtype | None = None
 
@@ -84,6 +86,8 @@ class Replay:
             if buffers:
                 if updates_statistics(m):
                     self.flags.append((attributes, "track_running_stats", False))
+                    if can_record(m):
+                        part.norms[m] = []
                 elif type(m).forward not in _BATCH_NORMS:
                     part.owners.append(buffers)
                 else:
@@ -99,7 +103,14 @@ class Replay:
         def run_first(part: Part, x: Tensor) -> Tensor:
             nonlocal rng
             before = [(o, key, b, b._version, b.clone()) for o in part.owners for key, b in o.items() if b is not None]
-            out = run(part.name, part.module, x)
+            norms = part.norms if is_large(x) else {}
+            for norm, found in norms.items():
+                norm.__dict__["forward"] = recording(norm, found)
+            try:
+                out = run(part.name, part.module, x)
+            finally:
+                for norm in norms:
+                    del norm.__dict__["forward"]
             part.dtype = out.dtype
             after = self._rng()
             if not all(map(torch.equal, rng, after)):
@@ -121,12 +132,15 @@ class Replay:
         rng, undo = self._rng(), []
 
         def put(owner: dict, key: str, value) -> None:
-            undo.append((owner, key, owner[key]))
+            undo.append((owner, key, owner.get(key, undo)))
             owner[key] = value
 
         def run_again(part: Part, x: Tensor) -> Tensor:
             for owner, key, b in part.changed:
                 put(owner, key, b.clone())
+            for norm, found in part.norms.items():
+                if len(found) == 1 and found[0]:  # one batch, whatever order the function now takes
+                    put(norm.__dict__, "forward", replaying(norm, found[0]))
             if part.rng:
                 self._set_rng(part.rng)
             out = run(part.name, part.module, x)
@@ -152,7 +166,10 @@ class Replay:
                 yield run_again
         finally:
             for owner, key, value in reversed(undo):
-                owner[key] = value
+                if value is undo:  # there was none
+                    del owner[key]
+                else:
+                    owner[key] = value
             self._set_rng(rng)
 
     def _rng(self) -> list[Tensor]:
