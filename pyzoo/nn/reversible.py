@@ -65,9 +65,10 @@ class ReversibleSequential(nn.Sequential):
     of a training step. Names in the state dict are those of ``nn.Sequential``: ``0.f.weight``.
 
     Each function runs twice, and the second run is like the first: the same random numbers (of torch's generators, CPU
-    and the device of the input), train or eval mode, buffers and autocast; batch-norm statistics are updated once, and
-    those of large maps are kept and not found again. Other buffers that a function changes are updated once, too. Forward hooks of modules inside of f and g see both runs; hooks of
-    parameters see one gradient, summed over the whole stack. Parameters may be frozen or shared between blocks.
+    and the device of the input), train or eval mode, buffers and autocast. What a function changes in its buffers is
+    changed once, as are batch-norm statistics; those of large maps are kept, not found again. Forward hooks of modules
+    inside of f and g see both runs; hooks of parameters see one gradient, summed over the whole stack. Parameters may
+    be frozen or shared between blocks.
 
     Halves are kept and added in float32, or float64 for float64 input; f and g see them in the dtype of the input,
     which is also that of the output. float16 and bfloat16 input thus keeps two float32 halves instead of one output.
