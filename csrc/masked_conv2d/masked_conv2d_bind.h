@@ -32,11 +32,11 @@ inline void register_masked_conv2d(py::module_& m) {
           const ConvMask config{mask, colors, gates, groups, dilation_y, dilation_x};
           PZ_CHECK((weight || !grad_input) && (input || !grad_weight), "grad_input needs weight, grad_weight needs input");
           if (grad_input) bwd_input(grad_output, *weight, *grad_input, config);
-          if (grad_weight) bwd_weight(grad_output, *input, *grad_weight, config);
-          if (grad_bias) bwd_bias(grad_output, *grad_bias);
+          if (grad_weight) bwd_weight(grad_output, *input, *grad_weight, grad_bias ? &*grad_bias : nullptr, config);
+          else if (grad_bias) bwd_bias(grad_output, *grad_bias);
         },
-        "grad_output"_a, "input"_a, "weight"_a, "grad_input"_a, "grad_weight"_a, "grad_bias"_a, "mask"_a, "colors"_a, "gates"_a,
-        "groups"_a, "dilation_y"_a, "dilation_x"_a);
+        "grad_output"_a, "input"_a, "weight"_a, "grad_input"_a, "grad_weight"_a, "grad_bias"_a, "mask"_a, "colors"_a, "gates"_a, "groups"_a,
+        "dilation_y"_a, "dilation_x"_a);
   };
   def_fwd("masked_conv2d_fwd_cpu", masked_conv2d_fwd_cpu);
   def_bwd("masked_conv2d_bwd_cpu", masked_conv2d_bwd_input_cpu, masked_conv2d_bwd_weight_cpu, channel_sum_cpu);
