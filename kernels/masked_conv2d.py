@@ -20,6 +20,7 @@ import triton.language as tl
 
 from pyzoo.kernels._common import block, dot, dtype_of_sums, float32_precision, wide
 from pyzoo.kernels._configs import pick
+from pyzoo.kernels.channel_sum import channel_sum
 
 # ----------------------------------------------------------------------------------------------------------- geometry
 
@@ -261,7 +262,7 @@ def masked_conv2d_fwd(input, weight, bias, output, mask, colors, gates, groups, 
     )
 
 
-def masked_conv2d_bwd_input(grad_output, weight, grad_input, mask, colors, gates, groups, dilation_y, dilation_x):
+def _bwd_input(grad_output, weight, grad_input, mask, colors, gates, groups, dilation_y, dilation_x):
     if grad_input.numel() == 0:
         return
     out_channels, in_channels = grad_output.shape[1], grad_input.shape[1]
@@ -396,7 +397,7 @@ def _weight_configs(pixels, ins, outs, taps, size, slow):
         yield {**config, "num_warps": 8 if o * j > 4096 else 4, "num_stages": 3}
 
 
-def masked_conv2d_bwd_weight(grad_output, input, grad_weight, mask, colors, gates, groups, dilation_y, dilation_x):
+def _bwd_weight(grad_output, input, grad_weight, mask, colors, gates, groups, dilation_y, dilation_x):
     if grad_weight.numel() == 0:
         return
     out_channels, ins, *kernel = grad_weight.shape
@@ -439,3 +440,16 @@ def masked_conv2d_bwd_weight(grad_output, input, grad_weight, mask, colors, gate
         BLOCK=size,
         **options,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- backward
+
+
+def masked_conv2d_bwd(grad_output, input, weight, grad_input, grad_weight, grad_bias, *config):
+    """Writes those of the gradients that are not None."""
+    if grad_input is not None:
+        _bwd_input(grad_output, weight, grad_input, *config)
+    if grad_weight is not None:
+        _bwd_weight(grad_output, input, grad_weight, *config)
+    if grad_bias is not None:
+        channel_sum(grad_output, grad_bias)

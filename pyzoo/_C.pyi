@@ -150,21 +150,13 @@ def masked_conv2d_fwd_cpu(
     dilation_y: int,
     dilation_x: int,
 ) -> None: ...
-def masked_conv2d_bwd_input_cpu(
+def masked_conv2d_bwd_cpu(
     grad_output: Array,
-    weight: Array,
-    grad_input: Array,
-    mask: str,
-    colors: int,
-    gates: int,
-    groups: int,
-    dilation_y: int,
-    dilation_x: int,
-) -> None: ...
-def masked_conv2d_bwd_weight_cpu(
-    grad_output: Array,
-    input: Array,
-    grad_weight: Array,
+    input: Array | None,
+    weight: Array | None,
+    grad_input: Array | None,
+    grad_weight: Array | None,
+    grad_bias: Array | None,
     mask: str,
     colors: int,
     gates: int,

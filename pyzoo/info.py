@@ -24,7 +24,7 @@ OPS = {  # operator -> what the core needs for it, up to the name of the device
     "spatial_pyramid_pool2d": ("spatial_pyramid_pool2d_fwd", "spatial_pyramid_pool2d_bwd"),
     "gram_matrix": ("gram_matrix_fwd", "gram_matrix_bwd"),
     "gram_loss": ("gram_loss_fwd", "gram_matrix_bwd"),
-    "masked_conv2d": ("masked_conv2d_fwd", "masked_conv2d_bwd_input", "masked_conv2d_bwd_weight", "channel_sum"),
+    "masked_conv2d": ("masked_conv2d_fwd", "masked_conv2d_bwd", "channel_sum"),
     "depthwise_conv2d": (
         "depthwise_conv2d_fwd",
         "depthwise_conv2d_bwd_input",

@@ -1,5 +1,6 @@
 #include "masked_conv2d/masked_conv2d.h"
 
+#include "channel_sum/channel_sum.h"
 #include "common/gemm.cuh"
 #include "masked_conv2d/masked_conv2d_taps.h"
 
@@ -156,7 +157,7 @@ void check_height(const FeatureMap& map) { PZ_CHECK(map.height <= 1 << 30, "a ma
 
 void multiply_map(const FeatureMap& source, const Tensor& weight, const Tensor* bias, const FeatureMap& result, const MaskedTaps& taps,
                   bool forward) {
-  check_weights(weight, "weight", bias, source, taps, kCuda);
+  check_weights(weight, "weight", bias, "bias", source, taps, kCuda);
   check_height(source);
   const int64_t count = result.images * result.pixels();
   if (count * result.channels == 0) return;
@@ -255,12 +256,14 @@ void masked_conv2d_bwd_input_cuda(const Tensor& grad_output, const Tensor& weigh
   multiply_map(grad, weight, nullptr, in, taps, false);
 }
 
-void masked_conv2d_bwd_weight_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask) {
+void masked_conv2d_bwd_weight_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
+                                   const ConvMask& mask) {
   const FeatureMap grad(grad_output, "grad_output", kCuda), in(input, "input", kCuda);
   const MaskedTaps taps(grad_weight, "grad_weight", mask);
   check_maps(in, grad, taps);
-  check_weights(grad_weight, "grad_weight", nullptr, in, taps, kCuda);
+  check_weights(grad_weight, "grad_weight", grad_bias, "grad_bias", in, taps, kCuda);
   check_height(in);
+  if (grad_bias) channel_sum_cuda(grad_output, *grad_bias);
   if (grad_weight.numel() == 0) return;
   dispatch_floating(in.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -17,10 +17,12 @@ struct ConvMask {
 void masked_conv2d_fwd_cpu(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const ConvMask& mask);
 void masked_conv2d_fwd_cuda(const Tensor& input, const Tensor& weight, const Tensor* bias, const Tensor& output, const ConvMask& mask);
 
-// The derivatives; each writes all of its last tensor. Weights that the mask covers get zero.
+// The derivatives; each writes all of its last tensors. Weights that the mask covers get zero. grad_bias may be null.
 void masked_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const ConvMask& mask);
 void masked_conv2d_bwd_input_cuda(const Tensor& grad_output, const Tensor& weight, const Tensor& grad_input, const ConvMask& mask);
-void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask);
-void masked_conv2d_bwd_weight_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask);
+void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
+                                  const ConvMask& mask);
+void masked_conv2d_bwd_weight_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
+                                   const ConvMask& mask);
 
 }  // namespace pyzoo

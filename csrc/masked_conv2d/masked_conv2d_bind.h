@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "channel_sum/channel_sum.h"
 #include "common/tensor_caster.h"
 #include "masked_conv2d/masked_conv2d.h"
 
@@ -19,23 +20,29 @@ inline void register_masked_conv2d(py::module_& m) {
         },
         "input"_a, "weight"_a, "bias"_a, "output"_a, "mask"_a, "colors"_a, "gates"_a, "groups"_a, "dilation_y"_a, "dilation_x"_a);
   };
-  const auto def_bwd = [&](const char* name, decltype(&masked_conv2d_bwd_input_cpu) bwd, const char* other, const char* gradient) {
+  const auto def_bwd = [&](const char* name, decltype(&masked_conv2d_bwd_input_cpu) bwd_input,
+                           decltype(&masked_conv2d_bwd_weight_cpu) bwd_weight, decltype(&channel_sum_cpu) bwd_bias) {
+    using Maybe = std::optional<Tensor>;
     m.def(
         name,
-        [bwd](const Tensor& grad_output, const Tensor& other, const Tensor& gradient, const std::string& mask, int64_t colors,
-              int64_t gates, int64_t groups, int64_t dilation_y, int64_t dilation_x) {
+        [=](const Tensor& grad_output, const Maybe& input, const Maybe& weight, const Maybe& grad_input, const Maybe& grad_weight,
+            const Maybe& grad_bias, const std::string& mask, int64_t colors, int64_t gates, int64_t groups, int64_t dilation_y,
+            int64_t dilation_x) {
           py::gil_scoped_release release;
-          bwd(grad_output, other, gradient, {mask, colors, gates, groups, dilation_y, dilation_x});
+          const ConvMask config{mask, colors, gates, groups, dilation_y, dilation_x};
+          PZ_CHECK((weight || !grad_input) && (input || !grad_weight), "grad_input needs weight, grad_weight needs input");
+          if (grad_input) bwd_input(grad_output, *weight, *grad_input, config);
+          if (grad_weight) bwd_weight(grad_output, *input, *grad_weight, grad_bias ? &*grad_bias : nullptr, config);
+          else if (grad_bias) bwd_bias(grad_output, *grad_bias);
         },
-        "grad_output"_a, py::arg(other), py::arg(gradient), "mask"_a, "colors"_a, "gates"_a, "groups"_a, "dilation_y"_a, "dilation_x"_a);
+        "grad_output"_a, "input"_a, "weight"_a, "grad_input"_a, "grad_weight"_a, "grad_bias"_a, "mask"_a, "colors"_a, "gates"_a, "groups"_a,
+        "dilation_y"_a, "dilation_x"_a);
   };
   def_fwd("masked_conv2d_fwd_cpu", masked_conv2d_fwd_cpu);
-  def_bwd("masked_conv2d_bwd_input_cpu", masked_conv2d_bwd_input_cpu, "weight", "grad_input");
-  def_bwd("masked_conv2d_bwd_weight_cpu", masked_conv2d_bwd_weight_cpu, "input", "grad_weight");
+  def_bwd("masked_conv2d_bwd_cpu", masked_conv2d_bwd_input_cpu, masked_conv2d_bwd_weight_cpu, channel_sum_cpu);
 #ifdef PYZOO_CUDA_ARCHS
   def_fwd("masked_conv2d_fwd_cuda", masked_conv2d_fwd_cuda);
-  def_bwd("masked_conv2d_bwd_input_cuda", masked_conv2d_bwd_input_cuda, "weight", "grad_input");
-  def_bwd("masked_conv2d_bwd_weight_cuda", masked_conv2d_bwd_weight_cuda, "input", "grad_weight");
+  def_bwd("masked_conv2d_bwd_cuda", masked_conv2d_bwd_input_cuda, masked_conv2d_bwd_weight_cuda, channel_sum_cuda);
 #endif
 }
 

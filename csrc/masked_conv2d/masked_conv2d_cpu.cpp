@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "channel_sum/channel_sum.h"
 #include "common/feature_map.h"
 #include "common/memory.h"
 #include "common/vec.h"
@@ -172,7 +173,7 @@ struct Split {
 namespace {
 
 void multiply(const FeatureMap& source, const Tensor& weight, const Tensor* bias, const FeatureMap& result, const Product& product) {
-  check_weights(weight, "weight", bias, source, product.taps, DeviceType::cpu);
+  check_weights(weight, "weight", bias, "bias", source, product.taps, DeviceType::cpu);
   const int64_t size = result.images * result.channels * result.pixels();
   if (size == 0) return;
   prefer_huge_pages(result.data, size * dtype_size(result.dtype));
@@ -200,19 +201,20 @@ void masked_conv2d_bwd_input_cpu(const Tensor& grad_output, const Tensor& weight
   multiply(grad, weight, nullptr, in, Product(taps, false));
 }
 
-void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const ConvMask& mask) {
+void masked_conv2d_bwd_weight_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& grad_weight, const Tensor* grad_bias,
+                                  const ConvMask& mask) {
   const FeatureMap grad(grad_output, "grad_output"), in(input, "input");
   const MaskedTaps taps(grad_weight, "grad_weight", mask);
-  check_weights(grad_weight, "grad_weight", nullptr, in, taps, DeviceType::cpu);
+  check_weights(grad_weight, "grad_weight", grad_bias, "grad_bias", in, taps, DeviceType::cpu);
   check_maps(in, grad, taps);
-  if (grad_weight.numel() == 0) return;
-  if (taps.taps() == 0) {
+  if (grad_weight.numel() == 0 || taps.taps() == 0) {
     std::fill_n(static_cast<char*>(grad_weight.data), grad_weight.numel() * dtype_size(in.dtype), char(0));
+    if (grad_bias) channel_sum_cpu(grad_output, *grad_bias);
     return;
   }
   dispatch_sums(in.dtype, [&](auto zero) {
     using A = decltype(zero);
-    PZ_FOR_ISA_OF(A, template masked_conv2d_weight<A>)(grad, in, grad_weight, Product(taps, true));
+    PZ_FOR_ISA_OF(A, template masked_conv2d_weight<A>)(grad, in, grad_weight, grad_bias, Product(taps, true));
   });
 }
 

@@ -71,16 +71,17 @@ inline void check_maps(const FeatureMap& input, const FeatureMap& output, const 
   PZ_CHECK(input.dtype == output.dtype, "input and output must have one dtype");
 }
 
-inline void check_weights(const Tensor& weight, const char* name, const Tensor* bias, const FeatureMap& map, const MaskedTaps& taps,
-                          DeviceType device) {
+inline void check_weights(const Tensor& weight, const char* name, const Tensor* bias, const char* bias_name, const FeatureMap& map,
+                          const MaskedTaps& taps, DeviceType device) {
   check_contiguous(weight, name);
   check_device(weight, name, device);
   check_dtype(weight, name, map.dtype);
   if (!bias) return;
-  check_contiguous(*bias, "bias");
-  check_device(*bias, "bias", device);
-  check_dtype(*bias, "bias", map.dtype);
-  PZ_CHECK(bias->ndim == 1 && bias->shape[0] == taps.out_channels, "bias must have shape [OC], got " + bias->shape_string());
+  check_contiguous(*bias, bias_name);
+  check_device(*bias, bias_name, device);
+  check_dtype(*bias, bias_name, map.dtype);
+  PZ_CHECK(bias->ndim == 1 && bias->shape[0] == taps.out_channels,
+           std::string(bias_name) + " must have shape [OC], got " + bias->shape_string());
 }
 
 }  // namespace pyzoo

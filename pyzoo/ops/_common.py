@@ -57,6 +57,20 @@ def _is_plain(tensors: Sequence) -> bool:
     return True
 
 
+def _skips_dispatcher(tensors: Sequence) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack()
+        or not _is_plain(tensors)
+    )
+
+
+def is_final(tensors: Sequence) -> bool:
+    """Whether a backward pass may call kernels on ``tensors``: what it computes is not differentiated again."""
+    return not torch.is_grad_enabled() and forward_ad._current_level < 0 and _skips_dispatcher(tensors)
+
+
 class Function(_SingleLevelFunction):
     """Base of the derivative rules: the part of ``torch.autograd.Function`` that acts on one level of ``torch.func``.
 
@@ -107,10 +121,7 @@ class Operator:
 
     def __call__(self, *args):
         if (
-            torch.compiler.is_compiling()
-            or torch.autograd._profiler_enabled()
-            or torch._C._len_torch_function_stack()
-            or not _is_plain(args[: self.count])
+            not _skips_dispatcher(args[: self.count])
             or (self.autocast and torch.is_autocast_enabled(args[0].device.type))
             or self._must_detach(args)
         ):

@@ -19,8 +19,7 @@ MASKS = ("A", "B", "vertical_a", "vertical_b", "horizontal_a", "horizontal_b")
 ALIASES = {"vertical": "vertical_b", "horizontal": "horizontal_b"}
 
 _fwd = Kernel("masked_conv2d", "masked_conv2d_fwd")
-_bwd_input = Kernel("masked_conv2d", "masked_conv2d_bwd_input")
-_bwd_weight = Kernel("masked_conv2d", "masked_conv2d_bwd_weight")
+_bwd = Kernel("masked_conv2d", "masked_conv2d_bwd")
 
 # ---------------------------------------------------------------------------------------------------------- reference
 
@@ -173,7 +172,7 @@ def _input_fake(grad_output, weight, channels_last, *config):
 
 def _input_impl(grad_output, weight, channels_last, *config):
     grad_input = _input_fake(grad_output, weight, channels_last, *config)
-    _bwd_input(grad_output.device, grad_output, weight.contiguous(), grad_input, *config)
+    _bwd(grad_output.device, grad_output, None, weight.contiguous(), grad_input, None, None, *config)
     return grad_input
 
 
@@ -193,7 +192,7 @@ def _weight_fake(grad_output, input, kernel_height, kernel_width, *config):
 
 def _weight_impl(grad_output, input, *rest):
     grad_weight = _weight_fake(grad_output, input, *rest)
-    _bwd_weight(grad_output.device, grad_output, input, grad_weight, *rest[2:])
+    _bwd(grad_output.device, grad_output, input, None, None, grad_weight, None, *rest[2:])
     return grad_weight
 
 
@@ -255,6 +254,15 @@ class _MaskedConv2d(Function):
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         wants, grads = ctx.needs_input_grad, [None] * 3
+        if common.is_final((grad_output, input, weight)):  # all at once: calls cost more than small maps
+            if wants[0]:
+                grads[0] = common.empty(input.shape, input, common.prefers_channels_last(input))
+            if wants[1]:
+                grads[1] = weight.new_empty(weight.shape)
+            if wants[2]:
+                grads[2] = weight.new_empty(weight.shape[:1])
+            _bwd(input.device, grad_output, input, weight.contiguous(), *grads, *ctx.config)
+            return *grads, *[None] * len(ctx.config)
         if wants[0]:
             last = common.prefers_channels_last(input)
             grads[0] = _masked_conv2d_input(grad_output, weight, last, *ctx.config)

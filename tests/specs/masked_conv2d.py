@@ -71,6 +71,13 @@ SAMPLES = (  # id, input, weight, keywords
     ("dilation_pair", (2, 3, 9, 11), (4, 3, 3, 5), {"mask": "A", "dilation": (3, 2)}),
     ("dilation_beyond", (1, 3, 4, 5), (4, 3, 3, 3), {"mask": "vertical_b", "dilation": (2, 9)}),
     *((f"channels_{c}", (1, c, 4, 19), (c + 3, c, 3, 3), {"mask": "B"}) for c in (1, 7, 17, 33, 70)),
+    # Gradients of few channels from many.
+    ("image", (2, 1, 9, 20), (40, 1, 5, 5), {"mask": "A"}),
+    ("image_colors", (1, 3, 5, 18), (96, 3, 3, 3), {"mask": "B", "colors": 3, "gates": 2}),
+    ("image_groups", (2, 2, 6, 7), (96, 1, 3, 5), {"mask": "vertical_b", "groups": 2}),
+    ("image_dilation", (1, 1, 9, 11), (48, 1, 3, 3), {"mask": "B", "dilation": (2, 3)}),
+    ("image_small", (1, 1, 2, 1), (64, 1, 5, 5), {"mask": "B"}),
+    ("image_tall", (2, 1, 70, 9), (33, 1, 5, 3), {"mask": "B"}),
     ("one_channel", (2, 1, 6, 7), (1, 1, 3, 3), {"mask": "A"}),
     ("one_pixel", (2, 3, 1, 1), (4, 3, 3, 3), {"mask": "B"}),
     ("one_row", (1, 3, 1, 17), (4, 3, 3, 5), {"mask": "B"}),
@@ -104,6 +111,10 @@ def samples(dtype, memory_format):
     x, weight, bias = random((2, 6, 5, 6), (12, 6, 3, 3), dtype, memory_format)
     junk = torch.where(float_mask(12, 6, (3, 3), "B", 3, 2) == 0, inputs.NAN, weight).to(dtype)
     yield Sample("junk_nan_colors", (x, junk, bias), {"mask": "B", "colors": 3, "gates": 2}, peer=False)
+    x, weight, bias = random((1, 3, 4, 5), (96, 3, 3, 3), dtype, memory_format)
+    junk = torch.where(float_mask(96, 3, (3, 3), "B", 3, 2) == 0, inputs.NAN, weight).to(dtype)
+    yield Sample("junk_nan_image", (x, junk, bias), {"mask": "B", "colors": 3, "gates": 2}, peer=False)
+    x, weight, bias = random((2, 6, 5, 6), (12, 6, 3, 3), dtype, memory_format)
     for id, value in (("nan", inputs.NAN), ("inf", inputs.INF)):
         holes = x.clone()
         holes[0, 2, 3, 3] = value
