@@ -100,7 +100,7 @@ std::vector<Span> in_terms_of(const std::vector<Span>& spans, const std::vector<
 }
 
 struct Plan {
-  Level cells{};  // of the mean: the pieces into which the bins of several levels cut the map
+  Level cells{};  // the pieces into which the bins of several levels cut the map
   std::vector<Step> steps;
   int64_t bins;                  // in the levels and cells together
   int64_t passes = 0, rows = 0;  // over the map: how often it is read, and into how many rows of bins
@@ -118,7 +118,7 @@ struct Plan {
       if (finer) steps.push_back({level, finer, groups(finer->height, level->height), groups(finer->width, level->width)});
       else steps.push_back({level, nullptr, level->y, level->x});
     }
-    if (average) share_cells(pyramid);
+    share_cells(pyramid);
     for (Step& step : steps) {
       if (!step.finer) ++passes, rows += step.level->height;
       for (int64_t b = 0; average && b < step.level->bins(); ++b) step.shares.push_back(share(step, b));
@@ -126,13 +126,16 @@ struct Plan {
   }
   Plan(const Plan&) = delete;  // steps point to cells
 
+  // Whether a level is made of the bins of another.
+  bool is_nested(const Step& step) const { return step.finer && step.finer != &cells; }
+
  private:
   // Cells are sums; bins are means, of pixels or of the bins of a finer level.
   double share(const Step& step, int64_t b) const {
     if (step.level == &cells) return 1;
     const Level& level = *step.level;
-    const bool of_bins = step.finer && step.finer != &cells;
-    const Span &y = of_bins ? step.y[b / level.width] : level.bin(b).y, &x = of_bins ? step.x[b % level.width] : level.bin(b).x;
+    const Span &y = is_nested(step) ? step.y[b / level.width] : level.bin(b).y,
+               &x = is_nested(step) ? step.x[b % level.width] : level.bin(b).x;
     return 1.0 / double(y.size() * x.size());
   }
 
@@ -218,7 +221,7 @@ struct LastPlan {
     if (!cover_) {
       std::vector<const Level*> levels;
       for (const Step& step : plan.steps)
-        if (step.level != &plan.cells && (average || !step.finer)) levels.push_back(step.level);
+        if (step.level != &plan.cells && (average || !plan.is_nested(step))) levels.push_back(step.level);
       cover_.emplace(levels);
     }
     return *cover_;
