@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -25,9 +27,9 @@ def test_batch_norm_is_updated_once():
 class Twice(nn.Module):
     """One batch norm on two batches: its statistics are found again."""
 
-    def __init__(self):
+    def __init__(self, norm=None):
         super().__init__()
-        self.norm = nn.BatchNorm2d(4)
+        self.norm = norm or nn.BatchNorm2d(4)
 
     def forward(self, x):
         return self.norm(self.norm(x.sin()) * x)
@@ -56,6 +58,79 @@ def test_batch_norm_runs_again_with_the_statistics_that_it_found(function, shape
     stack = ReversibleSequential(*blocks).double()
     check_step(stack, make_input(*shape))
     assert len(replayed) == calls
+    assert not any("forward" in m.__dict__ for m in stack.modules())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_batch_norm_of_two_functions_takes_the_statistics_of_neither_for_the_other(first, monkeypatch):
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    norm = nn.BatchNorm2d(4)
+    once, twice = nn.Sequential(norm, nn.Conv2d(4, 4, 1)), Twice(norm)
+    stack = ReversibleSequential(ReversibleBlock(once, twice) if first else ReversibleBlock(twice, once))
+    check_step(stack.double(), make_input(2, 8, 5, 5))
+
+
+class Frozen(nn.Module):
+    """Switches its batch norm to evaluation for as long as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        self.norm.eval()
+        out = self.norm(x)
+        self.norm.train()
+        return out.sin()
+
+
+def test_batch_norm_that_its_function_freezes(monkeypatch):
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    check_step(ReversibleSequential(ReversibleBlock(Frozen(), smooth(4))).double(), make_input(2, 8, 5, 5))
+
+
+class Elsewhere(nn.Module):
+    """Calls its batch norm in another thread, too, on another batch."""
+
+    def __init__(self, norm, other):
+        super().__init__()
+        self.norm, self.other, self.found = norm, other, []
+
+    def forward(self, x):
+        out = self.norm(x).sin()
+        thread = threading.Thread(target=lambda: self.found.append(self.norm(self.other)))
+        thread.start()
+        thread.join()
+        return out
+
+
+def test_other_threads_have_batches_of_their_own(monkeypatch):
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    norm, other = nn.BatchNorm2d(4).double(), make_input(2, 4, 5, 5)
+    expected = copy.deepcopy(norm)(other)
+    function = Elsewhere(norm, other)
+    replayed, normalize = [], _batch_statistics._Normalize
+    monkeypatch.setattr(normalize, "forward", lambda *args, of=normalize.forward: replayed.append(0) or of(*args))
+    ReversibleSequential(ReversibleBlock(function, smooth(4).double()))(make_input(2, 8, 5, 5)).sum().backward()
+    assert len(replayed) == 1
+    for found in function.found:
+        torch.testing.assert_close(found, expected)
+
+
+def test_threads_run_one_stack(monkeypatch):
+    """Whose forward ends first leaves the modules as they were, and those of the others do not mind."""
+    monkeypatch.setattr(_batch_statistics, "_LARGE", 1)
+    stack, x, both = make_stack(2), make_input(2, 8, 5, 5), threading.Barrier(2, timeout=60)
+
+    def wait(*_):
+        both.wait()
+
+    for m in stack.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        for task in [pool.submit(stack, x) for _ in range(2)]:
+            task.result()
     assert not any("forward" in m.__dict__ for m in stack.modules())
 
 

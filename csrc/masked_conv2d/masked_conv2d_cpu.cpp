@@ -160,6 +160,7 @@ struct Split {
     const int64_t tasks = map.images * ((map.height + rows - 1) / rows) * groups;
     parts = weight_bytes > kBytes ? std::min((kTasks + tasks - 1) / tasks, panels) : 1;
     rows = std::min(rows, at_least_one(std::max(map.images * map.height * groups * parts / kTasks, kFewPixels / width)));
+    rows = std::min(std::max(rows, halo / 2), map.height);  // what the taps reach beyond them is copied again for each band
     bands = (map.height + rows - 1) / rows;
     rows = (map.height + bands - 1) / bands;
   }

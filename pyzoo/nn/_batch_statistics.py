@@ -8,6 +8,7 @@ an ordinary run but for rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +33,16 @@ def can_record(module: nn.Module) -> bool:
 
 
 # Both are functions, not objects with values of their own: for these, compilers would compile the function around them
-# again in each call.
+# again in each call. Another thread that happens to run the module has a batch of its own.
 
 
 def recording(norm: _BatchNorm, found: list[Statistics | None]) -> Callable[[Tensor], Tensor]:
     """What ``norm`` does in training; each call appends its statistics to ``found``, or None if they are of no use."""
 
+    thread = get_ident()
+
     def forward(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or get_ident() != thread:
             return type(norm).forward(norm, x)
         if not _suits(norm, x):
             found.append(None)
@@ -64,8 +67,10 @@ def recording(norm: _BatchNorm, found: list[Statistics | None]) -> Callable[[Ten
 def replaying(norm: _BatchNorm, statistics: Statistics) -> Callable[[Tensor], Tensor]:
     """``norm`` on the batch that has these statistics."""
 
+    thread = get_ident()
+
     def forward(x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling() or get_ident() != thread or forward_ad._current_level >= 0:
             return type(norm).forward(norm, x)
         return _Normalize.apply(x, norm.weight, norm.bias, *statistics)
 
@@ -73,9 +78,11 @@ def replaying(norm: _BatchNorm, statistics: Statistics) -> Callable[[Tensor], Te
 
 
 def _suits(norm: _BatchNorm, x: Tensor) -> bool:
-    """``x`` is large, and nothing about it out of the ordinary."""
+    """``x`` is large, and nothing about it out of the ordinary; nobody has switched ``norm`` to evaluation by now."""
     return (
         is_large(x)
+        and norm.training
+        and norm.track_running_stats
         and x.dtype in (torch.float32, torch.float64)
         and common._is_plain((x, norm.weight, norm.bias))
         and x.dim() > 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class Replay:
                 out = run(part.name, part.module, x)
             finally:
                 for norm in norms:
-                    del norm.__dict__["forward"]
+                    norm.__dict__.pop("forward", None)  # gone, if another thread runs the same modules
             part.dtype = out.dtype
             after = self._rng()
             if not all(map(torch.equal, rng, after)):
@@ -141,6 +142,8 @@ class Replay:
             for norm, found in part.norms.items():
                 if len(found) == 1 and found[0]:  # one batch, whatever order the function now takes
                     put(norm.__dict__, "forward", replaying(norm, found[0]))
+                elif "forward" in norm.__dict__:  # it has that of another function, which shares it
+                    put(norm.__dict__, "forward", MethodType(type(norm).forward, norm))
             if part.rng:
                 self._set_rng(part.rng)
             out = run(part.name, part.module, x)
@@ -167,7 +170,7 @@ class Replay:
         finally:
             for owner, key, value in reversed(undo):
                 if value is undo:  # there was none
-                    del owner[key]
+                    owner.pop(key, None)
                 else:
                     owner[key] = value
             self._set_rng(rng)
