@@ -234,12 +234,19 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
+def sample_size(call: Call, least: float) -> tuple[int, float]:
+    """How many calls in a row last for ``least`` seconds, and how long they did. Doubled until they do: the first calls
+    after other work, which find cold caches, say little of those that follow."""
+    n = 1
+    while (seconds := n * seconds_per_call(call, n)) < least:
+        n *= 2
+    return n, seconds
+
+
 def plan(calls: list[Call], budget: Budget) -> tuple[int, list[int]]:
-    """Number of rounds, and how often one sample repeats each call. Runs each once, which also warms the caches."""
-    estimates = [max(seconds_per_call(call), 1e-7) for call in calls]
-    loops = [max(1, round(budget.min_sample / seconds)) for seconds in estimates]
-    one_round = sum(seconds * n for seconds, n in zip(estimates, loops, strict=True))
-    return max(budget.min_pairs, min(budget.max_pairs, int(budget.seconds / one_round))), loops
+    """Number of rounds, and how often one sample repeats each call. Runs each once or more, which warms the caches."""
+    loops, seconds = zip(*(sample_size(call, budget.min_sample) for call in calls), strict=True)
+    return max(budget.min_pairs, min(budget.max_pairs, int(budget.seconds / sum(seconds)))), list(loops)
 
 
 def interleave(calls: list[Call], budget: Budget, before_sample: Call | None = None) -> list[list[float]]:

@@ -62,7 +62,7 @@ def fastest(call: measure.Call) -> dict[str, list[dict]]:
             for number[kernel] in range(max(len(candidates) for candidates, _, _ in shapes)):
                 try:
                     call()
-                    loops = max(1, round(2e-3 / measure.seconds_per_call(call)))
+                    loops, _ = measure.sample_size(call, 2e-3)
                     seconds[number[kernel]] = min(measure.seconds_per_call(call, loops) for _ in range(7))
                 except OutOfResources:  # it takes more than this GPU has
                     continue
