@@ -63,6 +63,20 @@ def test_transforms():
     torch.testing.assert_close(tangent, torch.func.jvp(stack, (x,), (x,))[1])
 
 
+def test_batches_of_gradients():
+    stack = make_stack(2)
+    x = make_input(2, 8, 5, 5).requires_grad_()
+    inputs, out = [x, *stack.parameters()], stack(x)
+    grads = make_input(3, *out.shape)
+
+    def differentiate(grad, **kwargs):
+        return torch.autograd.grad(out, inputs, grad, retain_graph=True, **kwargs)
+
+    expected = [torch.stack(each) for each in zip(*map(differentiate, grads), strict=True)]
+    torch.testing.assert_close(differentiate(grads, is_grads_batched=True), tuple(expected))
+    torch.testing.assert_close(torch.vmap(differentiate)(grads), tuple(expected))
+
+
 def test_parameters_of_functional_call_get_the_gradients():
     stack, x = small()
     swapped = {name: (2 * p).detach().requires_grad_() for name, p in stack.named_parameters()}

@@ -103,22 +103,25 @@ class _Call:
         grad_seen = found[-1] if len(found) > len(part.trainable) else None
         return out.detach(), None if grad_seen is None else grad_seen.detach()
 
-    def differentiable_backward(self, y: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        """The same as a function of y, with a graph: rebuilds x, then differentiates the ordinary forward pass.
+    def backward_by_graph(self, y: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """The same by operators that record graphs and take batches of gradients: rebuilds x, then differentiates the
+        ordinary forward pass.
 
         x depends on the parameters, too; stand-ins keep their gradients at constant x apart from that.
         """
-        a, b = y.chunk(2, self.dim)
-        with self.replay.second_run({}) as run_again:
-            for part in reversed(self.replay.parts):
-                a, b = b - run_again(part, a.to(self.dtype)), a
-        x = torch.cat([a, b], self.dim)
-        stand_ins = {id(p): p.view_as(p) for p in self.parameters}
-        with self.replay.second_run(stand_ins) as run_again:
-            functions = [lambda half, part=part: run_again(part, half.to(self.dtype)) for part in self.replay.parts]
-            out = reversible_reference(functions, x, self.dim)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            a, b = y.chunk(2, self.dim)
+            with self.replay.second_run({}) as run_again:
+                for part in reversed(self.replay.parts):
+                    a, b = b - run_again(part, a.to(self.dtype)), a
+            x = torch.cat([a, b], self.dim)
+            stand_ins = {id(p): p.view_as(p) for p in self.parameters}
+            with self.replay.second_run(stand_ins) as run_again:
+                functions = [lambda half, part=part: run_again(part, half.to(self.dtype)) for part in self.replay.parts]
+                out = reversible_reference(functions, x, self.dim)
             inputs = [x, *stand_ins.values()]
-            return torch.autograd.grad(out, inputs, grad_y, create_graph=True, allow_unused=True)
+            return torch.autograd.grad(out, inputs, grad_y, create_graph=create_graph, allow_unused=True)
 
     def _input(self, half: Tensor) -> Tensor:
         """A tensor of its own for the function, so that it shows when somebody keeps it."""
@@ -145,9 +148,14 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y: Tensor):
         (y,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return None, *ctx.call.differentiable_backward(y, grad_y)
+        if torch.is_grad_enabled() or _is_batched(grad_y):
+            return None, *ctx.call.backward_by_graph(y, grad_y)
         return None, *ctx.call.backward(y, grad_y, ctx.needs_input_grad[1])
+
+
+def _is_batched(x: Tensor) -> bool:
+    """By torch.vmap, or by ``is_grads_batched`` of torch.autograd.grad."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _couple_all(

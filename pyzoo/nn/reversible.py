@@ -73,10 +73,10 @@ class ReversibleSequential(nn.Sequential):
     Halves are kept and added in float32, or float64 for float64 input; f and g see them in the dtype of the input,
     which is also that of the output. float16 and bfloat16 input thus keeps two float32 halves instead of one output.
 
-    ``create_graph=True``, ``torch.func``, forward-mode derivatives and ``torch.export`` give the right result with
-    ordinary graphs, which store activations; so does the call that initializes lazy modules. f and g may be compiled;
-    ``torch.compile`` of a model around the stack breaks the graph here, to keep the memory flat, unless gradients are
-    off.
+    ``create_graph=True``, batches of gradients, ``torch.func``, forward-mode derivatives and ``torch.export`` give the
+    right result with ordinary graphs, which store activations; so does the call that initializes lazy modules. f and g
+    may be compiled; ``torch.compile`` of a model around the stack breaks the graph here, to keep the memory flat,
+    unless gradients are off.
 
     Args:
         blocks: the blocks, all with the same ``dim``.
