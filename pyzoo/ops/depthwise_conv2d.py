@@ -300,6 +300,23 @@ def _grad_weight_alone(grad_output, input, rest):
     return _depthwise_conv2d_grad_weight(grad_output, input, *rest[:-1], False)[0]
 
 
+def _final_gradients(grad_output, input, weight, wants, stride, padding, dilation):
+    """Straight from the kernels: on small maps the operators take as long as these."""
+    device, last, sliding = input.device, common.prefers_channels_last(input), (stride, padding[::2], dilation)
+    grads, grad_output = [None] * 3, _prepared(grad_output, last)
+    if wants[0]:
+        grads[0] = common.empty(input.shape, input, last)
+        _bwd_input(device, grad_output, weight.contiguous(), grads[0], *sliding)
+    if wants[2]:
+        grads[2] = weight.new_empty(weight.shape[:1])
+    if wants[1]:
+        grads[1] = weight.new_empty(weight.shape)
+        _bwd_weight(device, grad_output, _prepared(input, last), *grads[1:], *sliding)
+    elif wants[2]:
+        grads[2] = channel_sum(grad_output)
+    return grads
+
+
 class _DepthwiseConv2d(Function):
     @staticmethod
     def forward(ctx, input, weight, bias, *rest):
@@ -314,8 +331,10 @@ class _DepthwiseConv2d(Function):
     @staticmethod
     def backward(ctx, grad):
         input, weight, output = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_input, wants_weight, wants_bias = wants = ctx.needs_input_grad[:3]
         grad = common.where_active(grad, output, ctx.activation)
+        if weight.shape[0] == input.shape[1] and common.is_final((grad, input, weight)):
+            return *_final_gradients(grad, input, weight, wants, *ctx.geometry), *[None] * 4
         grad_input = _grad_input(grad, weight, input, ctx.geometry) if wants_input else None
         grad_weight = grad_bias = None
         if wants_weight:
