@@ -18,13 +18,11 @@ from torch.autograd.graph import increment_version
 from pyzoo._backend import Kernel, runs_on_core
 from pyzoo.ops import _common as common
 from pyzoo.ops.batch_norm_act import _batch_norm_act_grad, _can_overwrite, _counts, _counts_alone
-from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, _output_size
+from pyzoo.ops.depthwise_conv2d import DepthwiseConv2d, _final_gradients, _output_size
 
 _pointwise_fwd = Kernel("batch_norm_act", "pointwise_bn_act_fwd")
 _pointwise_bwd = Kernel("batch_norm_act", "pointwise_bn_act_bwd")
 _depthwise_fwd = Kernel("depthwise_conv2d", "depthwise_conv2d_fwd")
-_depthwise_bwd_input = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_input")
-_depthwise_bwd_weight = Kernel("depthwise_conv2d", "depthwise_conv2d_bwd_weight")
 _norm_fwd = Kernel("batch_norm_act", "batch_norm_act_fwd")
 _norm_bwd = Kernel("batch_norm_act", "batch_norm_act_bwd")
 
@@ -106,18 +104,15 @@ class _ConvBNAct(common.Function):
         if not alone:
             grad = grad.contiguous(memory_format=torch.channels_last if raw.stride(1) == 1 else torch.contiguous_format)
         of_raw = grad if alone else torch.empty_like(raw)
-        of_x = torch.empty_like(x) if wants[0] else None
-        of_kernel = torch.empty_like(kernel) if wants[1] else None
         of_weight, of_bias = torch.empty_like(weight), torch.empty_like(bias)
         of_residual = None if output is None else torch.empty_like(raw)
         norm = grad, raw, weight, bias, *rest, of_raw, of_weight, of_bias, of_residual, *ctx.rest
         if ctx.depthwise:
             _norm_bwd(x.device, *norm)
-            if wants[0]:
-                _depthwise_bwd_input(x.device, of_raw, kernel, of_x, *ctx.geometry)
-            if wants[1]:
-                _depthwise_bwd_weight(x.device, of_raw, x, of_kernel, None, *ctx.geometry)
+            of_x, of_kernel, _ = _final_gradients(of_raw, x, kernel, (*wants[:2], False), *ctx.geometry)
         else:
+            of_x = torch.empty_like(x) if wants[0] else None
+            of_kernel = torch.empty_like(kernel) if wants[1] else None
             _pointwise_bwd(x.device, x, kernel, of_x, of_kernel, *norm)
         return of_x, of_kernel, of_weight, of_bias, grad if keeps else of_residual, None, None, None, None
 

@@ -300,9 +300,10 @@ def _grad_weight_alone(grad_output, input, rest):
     return _depthwise_conv2d_grad_weight(grad_output, input, *rest[:-1], False)[0]
 
 
-def _final_gradients(grad_output, input, weight, wants, stride, padding, dilation):
-    """Straight from the kernels: on small maps the operators take as long as these."""
-    device, last, sliding = input.device, common.prefers_channels_last(input), (stride, padding[::2], dilation)
+def _final_gradients(grad_output, input, weight, wants, *sliding):
+    """Those of input, weight and bias that are wanted, straight from the kernels: on small maps the operators take as
+    long as these. ``sliding``: stride, padding and dilation, each (vertical, horizontal)."""
+    device, last = input.device, common.prefers_channels_last(input)
     grads, grad_output = [None] * 3, _prepared(grad_output, last)
     if wants[0]:
         grads[0] = common.empty(input.shape, input, last)
@@ -334,7 +335,8 @@ class _DepthwiseConv2d(Function):
         wants_input, wants_weight, wants_bias = wants = ctx.needs_input_grad[:3]
         grad = common.where_active(grad, output, ctx.activation)
         if weight.shape[0] == input.shape[1] and common.is_final((grad, input, weight)):
-            return *_final_gradients(grad, input, weight, wants, *ctx.geometry), *[None] * 4
+            stride, padding, dilation = ctx.geometry
+            return *_final_gradients(grad, input, weight, wants, stride, padding[::2], dilation), *[None] * 4
         grad_input = _grad_input(grad, weight, input, ctx.geometry) if wants_input else None
         grad_weight = grad_bias = None
         if wants_weight:
